@@ -2,16 +2,22 @@
 //! `check.rs`; after them nobody validates. Knows nothing of sockets. Built by `commands/`, read by all.
 
 mod check;
+mod layers;
 mod raw;
+#[cfg(test)]
+mod tests;
 mod url;
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use check::{ConfigError, Problem, from_sources};
-pub use url::{ConnectUrl, SslMode};
+pub use self::check::from_sources;
+pub use self::layers::{ConfigError, Flags, Problem, Source, environment};
+// `self::`: the crate of that name is in scope too.
+pub use self::url::{ConnectUrl, ConnectUrlError, SslMode};
 
 /// Everything an operator can say, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,7 +28,13 @@ pub struct Config {
     pub auth: Auth,
     pub pool: Pool,
     pub route: Route,
+    pub cache: Cache,
+    pub poll: Poll,
+    pub shed: Shed,
     pub events: Events,
+    pub http: Http,
+    pub maintenance: Maintenance,
+    /// `log.filter`: a level, then levels of single modules, as `tracing_subscriber::filter::Targets` reads them.
     pub log: String,
 }
 
@@ -32,6 +44,7 @@ pub struct Listen {
     pub postgres: SocketAddr,
     /// `None`: no HTTP at all (`http = "off"`).
     pub http: Option<SocketAddr>,
+    /// `Off` whenever there is no certificate; else `tls_cert` and `tls_key` are both there.
     pub tls: ClientTls,
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
@@ -113,12 +126,97 @@ pub enum Consistency {
     Primary,
 }
 
+/// `[cache]`: shared reads kept for a while.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cache {
+    /// Zero: an answer is shared only by those who asked before its query was sent.
+    pub max_age: Duration,
+    pub max_bytes: usize,
+}
+
+/// `[poll]`: idle workers held here instead of in Postgres.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Poll {
+    pub park: bool,
+    /// The floor probe of a queue with waiters.
+    pub probe: Duration,
+}
+
+/// `[shed]`: what gives way under load.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shed {
+    /// How old an answer may be that is served rather than refused. Zero: none.
+    pub max_stale: Duration,
+    /// CoDel: the queueing time aimed at, and the window over which it may be missed.
+    pub target: Duration,
+    pub window: Duration,
+}
+
 /// `[events]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Events {
+    pub wake: Wake,
+    /// Whether the SQL also notifies each channel itself, for listeners that bypass the proxy.
+    pub direct_notify: bool,
     pub retention: Duration,
     /// Events a subscriber may lag behind before it is cut or compacted.
     pub queue: NonZeroUsize,
     /// The floor probe of the outbox, should every wake-up be lost.
     pub probe: Duration,
+}
+
+/// `events.wake`: how a flowgate learns that the outbox grew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    Observe,
+    Notify,
+}
+
+/// `[http]`: who may do what over HTTP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Http {
+    pub jwt_secret: Option<Secret>,
+    /// A file with the keys that verify JWTs.
+    pub jwks: Option<PathBuf>,
+    pub api_keys: Vec<ApiKey>,
+    /// The role of whoever brings no credentials. `None`: they are refused.
+    pub anon_role: Option<String>,
+    /// Origins a browser may call from: `*`, or scheme://host[:port].
+    pub cors: Vec<String>,
+}
+
+/// One of `http.api_keys`
+#[derive(Clone, Debug, PartialEq)]
+pub struct ApiKey {
+    pub key: Secret,
+    pub role: String,
+}
+
+/// `[maintenance]`: chores run by the control role. `None`: not by us.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Maintenance {
+    /// How often stalled tasks are put back into their queue.
+    pub requeue: Option<Duration>,
+    /// The age at which finished runs are deleted.
+    pub prune_after: Option<Duration>,
+}
+
+/// A password or key. Only `expose` gives it away; `Debug` shows that it is there.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
 }

@@ -1,0 +1,670 @@
+//! Raw to checked: every value in range, every file there, every pair of keys in agreement, or the list of all that is
+//! not. The defaults live here, and in `config/flowgate.toml` for people. Looks at the file system (is the file there?)
+//! but opens nothing. Called by `commands/`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::layers::{Layers, Source};
+use super::raw::{self, Span};
+use super::{
+    ApiKey, Auth, AuthMethod, Cache, ClientTls, Config, ConfigError, ConnectUrl, Consistency,
+    Events, Flags, Http, Listen, Maintenance, Poll, Pool, PoolMode, Problem, Reads, Route, Secret,
+    Shed, Wake,
+};
+
+const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
+                          and (rolvaliduntil is null or rolvaliduntil > pg_catalog.now())";
+const MS: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(3_600);
+const DAY: Duration = Duration::from_secs(86_400);
+/// RFC 7518, 3.2: an HS256 key has at least as many bits as the hash.
+const JWT_SECRET_BYTES_MIN: usize = 32;
+
+/// The file, overridden by the environment, overridden by the flags.
+pub fn from_sources(
+    file: Option<(&Path, &str)>,
+    env: impl Iterator<Item = (String, String)>,
+    flags: Flags,
+) -> Result<Config, ConfigError> {
+    let mut layers = Layers::new();
+    if let Some((path, text)) = file {
+        layers.file(path, text);
+        // Without the file all that follows would be complaints about what it may well say.
+        if layers
+            .problems
+            .iter()
+            .any(|problem| problem.key_path.is_empty())
+        {
+            return Err(ConfigError {
+                problems: layers.problems,
+            });
+        }
+    }
+    layers.env(env);
+    layers.flags(flags);
+    let (raw, sources, problems) = layers.finish();
+    let mut check = Check { sources, problems };
+    let config = check.config(raw);
+    match config {
+        Some(config) if check.problems.is_empty() => Ok(config),
+        Some(_) | None => Err(ConfigError {
+            problems: check.problems,
+        }),
+    }
+}
+
+/// Goes through the sections; a value refused is noted and stands at its default, so that the rest is checked too.
+struct Check {
+    sources: BTreeMap<String, Source>,
+    problems: Vec<Problem>,
+}
+
+impl Check {
+    /// `None` only after a problem was noted.
+    fn config(&mut self, raw: raw::File) -> Option<Config> {
+        let listen = self.listen(raw.listen);
+        let primary = self.upstream("primary.url", raw.primary);
+        let replicas = raw.replica.into_iter().enumerate();
+        let replicas = replicas
+            .filter_map(|(index, one)| self.upstream(&format!("replica[{index}].url"), one))
+            .collect();
+        let auth = self.auth(raw.auth, &listen);
+        let pool = self.pool(raw.pool);
+        let route = self.route(raw.route);
+        let cache = self.cache(raw.cache);
+        let poll = Poll {
+            park: raw.poll.park.unwrap_or(true),
+            probe: self.millis("poll.probe_ms", raw.poll.probe_ms, 1000, 10..=60_000),
+        };
+        let shed = self.shed(raw.shed);
+        let events = self.events(raw.events);
+        let http = self.http(raw.http);
+        let maintenance = Maintenance {
+            requeue: self.span_or_off(
+                "maintenance.requeue",
+                raw.maintenance.requeue,
+                Some(15 * SECOND),
+                SECOND..=DAY,
+            ),
+            prune_after: self.span_or_off(
+                "maintenance.prune_after",
+                raw.maintenance.prune_after,
+                None,
+                HOUR..=3650 * DAY,
+            ),
+        };
+        let log = self.log(raw.log);
+        let primary = primary?;
+        Some(Config {
+            listen,
+            primary,
+            replicas,
+            auth,
+            pool,
+            route,
+            cache,
+            poll,
+            shed,
+            events,
+            http,
+            maintenance,
+            log,
+        })
+    }
+
+    fn listen(&mut self, raw: raw::Listen) -> Listen {
+        let postgres = self.address(
+            "listen.postgres",
+            raw.postgres,
+            SocketAddr::from(([127, 0, 0, 1], 6432)),
+        );
+        let http = match raw.http.as_deref() {
+            Some("off") => None,
+            Some(_) | None => Some(self.address(
+                "listen.http",
+                raw.http,
+                SocketAddr::from(([127, 0, 0, 1], 6480)),
+            )),
+        };
+        if http == Some(postgres) && postgres.port() != 0 {
+            self.problem(
+                "listen.http",
+                format!("is {postgres}, where listen.postgres already is; give it another port"),
+            );
+        }
+
+        let tls_cert = self.file("listen.tls_cert", raw.tls_cert);
+        let tls_key = self.file("listen.tls_key", raw.tls_key);
+        let tls_client_ca = self.file("listen.tls_client_ca", raw.tls_client_ca);
+        let words = [
+            ("allow", ClientTls::Allow),
+            ("require", ClientTls::Require),
+            ("off", ClientTls::Off),
+        ];
+        let mut tls = self.word("listen.tls", raw.tls, &words);
+        match (&tls_cert, &tls_key) {
+            (Some(_), Some(_)) => {}
+            (Some(_), None) => self.problem(
+                "listen.tls_key",
+                "is missing; listen.tls_cert needs its private key",
+            ),
+            (None, Some(_)) => self.problem(
+                "listen.tls_cert",
+                "is missing; listen.tls_key is the key of a certificate",
+            ),
+            (None, None) => {
+                if tls == ClientTls::Require {
+                    self.problem(
+                        "listen.tls",
+                        "is \"require\", but there is no listen.tls_cert and listen.tls_key",
+                    );
+                }
+                if tls_client_ca.is_some() {
+                    self.problem(
+                        "listen.tls_client_ca",
+                        "needs listen.tls_cert and listen.tls_key too",
+                    );
+                }
+                tls = ClientTls::Off;
+            }
+        }
+        Listen {
+            postgres,
+            http,
+            tls,
+            tls_cert,
+            tls_key,
+            tls_client_ca,
+            threads: self.count("listen.threads", raw.threads, 1, 1..=256),
+            login_timeout: self.span(
+                "listen.login_timeout",
+                raw.login_timeout,
+                MINUTE,
+                10 * MS..=HOUR,
+            ),
+            drain_timeout: self.span(
+                "listen.drain_timeout",
+                raw.drain_timeout,
+                30 * SECOND,
+                Duration::ZERO..=DAY,
+            ),
+        }
+    }
+
+    fn upstream(&mut self, key_path: &str, raw: raw::Upstream) -> Option<ConnectUrl> {
+        let Some(text) = said(raw.url) else {
+            // Unless it was said, and refused for its type.
+            if !self
+                .problems
+                .iter()
+                .any(|problem| problem.key_path == key_path)
+            {
+                self.problem(
+                    key_path,
+                    "is missing; write postgres://user:password@host:port/database",
+                );
+            }
+            return None;
+        };
+        let url: ConnectUrl = match text.parse() {
+            Ok(url) => url,
+            Err(error) => {
+                self.problem(key_path, error.to_string());
+                return None;
+            }
+        };
+        if let Some(root) = url.ssl_root_cert.as_deref().filter(|root| !root.is_file()) {
+            self.problem(
+                key_path,
+                format!("has sslrootcert {}, which is not a file", root.display()),
+            );
+        }
+        Some(url)
+    }
+
+    fn auth(&mut self, raw: raw::Auth, listen: &Listen) -> Auth {
+        let words = [("scram", AuthMethod::Scram), ("trust", AuthMethod::Trust)];
+        let method = self.word("auth.method", raw.method, &words);
+        let allow_trust_anywhere = raw.allow_trust_anywhere.unwrap_or(false);
+        if method == AuthMethod::Trust
+            && !allow_trust_anywhere
+            && !listen.postgres.ip().is_loopback()
+        {
+            let open = listen.postgres;
+            self.problem(
+                "auth.method",
+                format!(
+                    "\"trust\" would let in whoever reaches {open}; listen on 127.0.0.1, use \"scram\", \
+                     or set auth.allow_trust_anywhere = true"
+                ),
+            );
+        }
+        let query = said(raw.query).unwrap_or_else(|| AUTH_QUERY.to_owned());
+        if !query.contains("$1") {
+            self.problem(
+                "auth.query",
+                "never mentions $1, the name of the user who logs in",
+            );
+        }
+        Auth {
+            method,
+            users_file: self.file("auth.users_file", raw.users_file),
+            query,
+            allow_trust_anywhere,
+        }
+    }
+
+    fn pool(&mut self, raw: raw::Pool) -> Pool {
+        Pool {
+            mode: self.word(
+                "pool.mode",
+                raw.mode,
+                &[
+                    ("transaction", PoolMode::Transaction),
+                    ("session", PoolMode::Session),
+                ],
+            ),
+            size: self.count("pool.size", raw.size, 20, 1..=10_000),
+            max_clients: self.count("pool.max_clients", raw.max_clients, 1000, 1..=1_000_000),
+            checkout_timeout: self.span(
+                "pool.checkout_timeout",
+                raw.checkout_timeout,
+                30 * SECOND,
+                10 * MS..=HOUR,
+            ),
+            connect_timeout: self.span(
+                "pool.connect_timeout",
+                raw.connect_timeout,
+                5 * SECOND,
+                10 * MS..=HOUR,
+            ),
+            server_idle: self.span(
+                "pool.server_idle",
+                raw.server_idle,
+                10 * MINUTE,
+                SECOND..=7 * DAY,
+            ),
+            server_lifetime: self.span(
+                "pool.server_lifetime",
+                raw.server_lifetime,
+                HOUR,
+                SECOND..=30 * DAY,
+            ),
+        }
+    }
+
+    fn route(&mut self, raw: raw::Route) -> Route {
+        let reads = [
+            ("pgflow", Reads::Pgflow),
+            ("all", Reads::All),
+            ("off", Reads::Off),
+        ];
+        let consistency = [
+            ("session", Consistency::Session),
+            ("eventual", Consistency::Eventual),
+            ("primary", Consistency::Primary),
+        ];
+        Route {
+            reads: self.word("route.reads", raw.reads, &reads),
+            consistency: self.word("route.consistency", raw.consistency, &consistency),
+            replica_wait: self.millis("route.replica_wait_ms", raw.replica_wait_ms, 20, 0..=60_000),
+        }
+    }
+
+    fn cache(&mut self, raw: raw::Cache) -> Cache {
+        let bytes = self.number("cache.max_bytes", raw.max_bytes, 64 << 20, 0..=1 << 40);
+        Cache {
+            max_age: self.millis("cache.max_age_ms", raw.max_age_ms, 0, 0..=3_600_000),
+            max_bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
+        }
+    }
+
+    fn shed(&mut self, raw: raw::Shed) -> Shed {
+        let target = self.millis("shed.target_ms", raw.target_ms, 5, 1..=10_000);
+        let window = self.millis("shed.window_ms", raw.window_ms, 100, 1..=60_000);
+        if window < target {
+            self.problem(
+                "shed.window_ms",
+                format!("is shorter than shed.target_ms, {}", spell(target)),
+            );
+        }
+        Shed {
+            max_stale: self.millis("shed.max_stale_ms", raw.max_stale_ms, 0, 0..=3_600_000),
+            target,
+            window,
+        }
+    }
+
+    fn events(&mut self, raw: raw::Events) -> Events {
+        Events {
+            wake: self.word(
+                "events.wake",
+                raw.wake,
+                &[("observe", Wake::Observe), ("notify", Wake::Notify)],
+            ),
+            direct_notify: raw.direct_notify.unwrap_or(false),
+            retention: self.span(
+                "events.retention",
+                raw.retention,
+                7 * DAY,
+                MINUTE..=3650 * DAY,
+            ),
+            queue: self.count("events.queue", raw.queue, 16_384, 16..=1_048_576),
+            probe: self.span("events.probe", raw.probe, SECOND, 10 * MS..=HOUR),
+        }
+    }
+
+    fn http(&mut self, raw: raw::Http) -> Http {
+        let jwt_secret = said(raw.jwt_secret);
+        if let Some(length) = jwt_secret
+            .as_ref()
+            .map(String::len)
+            .filter(|length| *length < JWT_SECRET_BYTES_MIN)
+        {
+            self.problem(
+                "http.jwt_secret",
+                format!("must have at least {JWT_SECRET_BYTES_MIN} bytes, not {length}"),
+            );
+        }
+        let api_keys: Vec<ApiKey> = raw
+            .api_keys
+            .unwrap_or_default()
+            .into_iter()
+            .map(|raw| ApiKey {
+                key: Secret::new(raw.key),
+                role: raw.role,
+            })
+            .collect();
+        for (index, ApiKey { key, role }) in api_keys.iter().enumerate() {
+            let place = format!("http.api_keys[{index}]");
+            if key.expose().is_empty() || role.is_empty() {
+                self.problem(&place, "needs both a key and a role");
+            } else if api_keys[..index].iter().any(|earlier| earlier.key == *key) {
+                self.problem(&place, "has the key of an earlier one");
+            }
+        }
+        let cors = raw.cors.unwrap_or_default();
+        for origin in cors.iter().filter(|origin| !is_origin(origin)) {
+            self.problem("http.cors", format!("`{origin}` is no origin; write \"*\" or \"https://app.example\", without a path"));
+        }
+        Http {
+            jwt_secret: jwt_secret.map(Secret::new),
+            jwks: self.file("http.jwks", raw.jwks),
+            api_keys,
+            anon_role: said(raw.anon_role),
+            cors,
+        }
+    }
+
+    fn log(&mut self, raw: raw::Log) -> String {
+        let filter = said(raw.filter).unwrap_or_else(|| "info".to_owned());
+        let (modules, general): (Vec<&str>, Vec<&str>) = filter
+            .split(',')
+            .map(str::trim)
+            .partition(|part| part.contains('='));
+        let levels = modules
+            .iter()
+            .filter_map(|part| part.rsplit('=').next())
+            .chain(general.iter().copied());
+        for level in levels.filter(|level| !is_level(level)) {
+            self.problem(
+                "log.filter",
+                format!("`{level}` is no level; it is one of off, error, warn, info, debug, trace"),
+            );
+        }
+        if general.len() != 1 {
+            self.problem(
+                "log.filter",
+                "needs one general level, as in \"info\" or \"info,flowgate::pool=debug\"",
+            );
+        }
+        filter
+    }
+
+    // The kinds of value.
+
+    fn number(
+        &mut self,
+        key_path: &str,
+        raw: Option<i64>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> u64 {
+        let Some(raw) = raw else { return default };
+        match u64::try_from(raw) {
+            Ok(number) if range.contains(&number) => number,
+            Ok(number) if number > *range.end() => {
+                self.problem(
+                    key_path,
+                    format!("must be at most {}, not {raw}", range.end()),
+                );
+                default
+            }
+            Ok(_) | Err(_) => {
+                self.problem(
+                    key_path,
+                    format!("must be at least {}, not {raw}", range.start()),
+                );
+                default
+            }
+        }
+    }
+
+    fn count(
+        &mut self,
+        key_path: &str,
+        raw: Option<i64>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> NonZeroUsize {
+        let count =
+            usize::try_from(self.number(key_path, raw, default, range)).unwrap_or(usize::MAX);
+        NonZeroUsize::new(count).expect("every range of a count starts above zero")
+    }
+
+    fn millis(
+        &mut self,
+        key_path: &str,
+        raw: Option<i64>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> Duration {
+        Duration::from_millis(self.number(key_path, raw, default, range))
+    }
+
+    fn span(
+        &mut self,
+        key_path: &str,
+        raw: Option<Span>,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
+        let Some(Span(text)) = raw else {
+            return default;
+        };
+        let problem = match parse_duration(&text) {
+            Some(span) if range.contains(&span) => return span,
+            Some(span) if span > *range.end() => {
+                format!("must be at most {}, not {text}", spell(*range.end()))
+            }
+            Some(_) => format!("must be at least {}, not {text}", spell(*range.start())),
+            None => format!(
+                "`{text}` is no duration; write \"20ms\", \"5s\", \"10m\", \"1h\" or \"7d\""
+            ),
+        };
+        self.problem(key_path, problem);
+        default
+    }
+
+    fn span_or_off(
+        &mut self,
+        key_path: &str,
+        raw: Option<Span>,
+        default: Option<Duration>,
+        range: RangeInclusive<Duration>,
+    ) -> Option<Duration> {
+        match raw {
+            None => default,
+            Some(Span(text)) if text == "off" => None,
+            Some(span) => Some(self.span(key_path, Some(span), *range.start(), range)),
+        }
+    }
+
+    /// The first word is the default.
+    fn word<T: Copy>(&mut self, key_path: &str, raw: Option<String>, words: &[(&str, T)]) -> T {
+        let Some(text) = raw else { return words[0].1 };
+        if let Some((_, meaning)) = words.iter().find(|(word, _)| *word == text) {
+            return *meaning;
+        }
+        let choices: Vec<String> = words
+            .iter()
+            .map(|(word, _)| format!("\"{word}\""))
+            .collect();
+        self.problem(
+            key_path,
+            format!("must be one of {}, not \"{text}\"", choices.join(", ")),
+        );
+        words[0].1
+    }
+
+    fn address(&mut self, key_path: &str, raw: Option<String>, default: SocketAddr) -> SocketAddr {
+        let Some(text) = raw else { return default };
+        let numeric = text
+            .strip_prefix("localhost:")
+            .map_or_else(|| text.clone(), |port| format!("127.0.0.1:{port}"));
+        numeric.parse().unwrap_or_else(|_unreadable| {
+            self.problem(
+                key_path,
+                format!(
+                    "must be an IP address and a port such as \"127.0.0.1:6432\", not \"{text}\""
+                ),
+            );
+            default
+        })
+    }
+
+    fn file(&mut self, key_path: &str, raw: Option<String>) -> Option<PathBuf> {
+        let path = PathBuf::from(said(raw)?);
+        if !path.is_file() {
+            self.problem(key_path, format!("{} is not a file", path.display()));
+        }
+        Some(path)
+    }
+
+    fn problem(&mut self, key_path: &str, message: impl Into<String>) {
+        let whole = key_path
+            .split_once('[')
+            .map_or(key_path, |(array, _index)| array);
+        let source = self
+            .sources
+            .get(key_path)
+            .or_else(|| self.sources.get(whole))
+            .cloned()
+            .unwrap_or_default();
+        self.problems.push(Problem {
+            key_path: key_path.to_owned(),
+            message: message.into(),
+            source,
+        });
+    }
+}
+
+/// For a key without a default, an empty string says nothing.
+fn said(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
+fn is_level(text: &str) -> bool {
+    matches!(
+        text.to_ascii_lowercase().as_str(),
+        "off" | "error" | "warn" | "info" | "debug" | "trace"
+    )
+}
+
+/// What a browser sends as `Origin`: scheme, host and port, nothing after.
+fn is_origin(text: &str) -> bool {
+    let whole =
+        |url: ::url::Url| url.origin().is_tuple() && url.origin().ascii_serialization() == text;
+    text == "*" || text.parse().is_ok_and(whole)
+}
+
+/// An integer and a unit, nothing between.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let millis: u64 = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _unknown => return None,
+    };
+    number
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(millis)
+        .map(Duration::from_millis)
+}
+
+/// The other way: in the largest unit that leaves no rest.
+fn spell(span: Duration) -> String {
+    let millis = span.as_millis();
+    let units = [
+        (86_400_000, "d"),
+        (3_600_000, "h"),
+        (60_000, "m"),
+        (1_000, "s"),
+    ];
+    match units
+        .iter()
+        .find(|(unit, _)| millis > 0 && millis.is_multiple_of(*unit))
+    {
+        Some((unit, name)) => format!("{}{name}", millis / unit),
+        None => format!("{millis}ms"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_an_integer_and_a_unit() {
+        for (text, millis) in [
+            ("20ms", 20),
+            ("5s", 5_000),
+            ("10m", 600_000),
+            ("1h", 3_600_000),
+            ("7d", 604_800_000),
+            ("0s", 0),
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Some(Duration::from_millis(millis)),
+                "{text}"
+            );
+        }
+        for text in [
+            "",
+            "5",
+            "s",
+            "-5s",
+            "1.5s",
+            "5 s",
+            "5S",
+            "5sec",
+            "99999999999999999d",
+            "18446744073709551616ms",
+            "５s",
+        ] {
+            assert_eq!(parse_duration(text), None, "{text}");
+        }
+    }
+}
