@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
@@ -82,9 +81,9 @@ impl fmt::Display for ConfigError {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.key_path.is_empty() {
-            write!(f, "{}: ", self.key_path)?;
+            write!(f, "{}: ", printable(&self.key_path))?;
         }
-        f.write_str(&self.message)?;
+        f.write_str(&printable(&self.message))?;
         match &self.source {
             Source::Unsaid => Ok(()),
             Source::File {
@@ -257,8 +256,9 @@ impl Layers {
 
     /// The result, with every value of the right type, and who gave each.
     pub(super) fn finish(self) -> (raw::File, BTreeMap<String, Source>, Vec<Problem>) {
-        let file =
-            raw::File::deserialize(Value::Table(self.table)).expect("each key was accepted alone");
+        let file = Value::Table(self.table)
+            .try_into()
+            .expect("each key was accepted alone");
         (file, self.sources, self.problems)
     }
 
@@ -396,7 +396,7 @@ fn accepted(section: &str, body: &Table) -> Result<(), String> {
         body
     };
     let trial = Table::from_iter([(section.to_owned(), body)]);
-    match raw::File::deserialize(Value::Table(trial)) {
+    match Value::Table(trial).try_into::<raw::File>() {
         Ok(_file) => Ok(()),
         Err(error) => Err(in_our_words(error.message())),
     }
@@ -426,6 +426,18 @@ fn line_of(text: &str, offset: usize) -> usize {
         .take(offset)
         .filter(|byte| *byte == b'\n')
         .count()
+}
+
+/// What was written, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    let escape = |c: char| {
+        if c.is_control() {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
+    text.chars().map(escape).collect()
 }
 
 /// Levenshtein's.

@@ -369,6 +369,57 @@ fn what_is_not_toml_is_reported_with_its_line_and_nothing_else() {
 }
 
 #[test]
+fn an_odd_value_of_any_key_is_accepted_or_refused_at_its_line() {
+    let odd = [
+        "5",
+        "-5",
+        "true",
+        "\"\"",
+        "\"\\u0000é\"",
+        "[]",
+        "[[1]]",
+        "{}",
+        "{ x = { y = 1 } }",
+        "nan",
+        "1979-05-27",
+    ];
+    let example = uncommented();
+    let lines: Vec<&str> = example.lines().collect();
+    let mut refused = 0;
+    for (index, line) in lines
+        .iter()
+        .enumerate()
+        .filter(|(_, line)| !line.starts_with(['#', '[']))
+    {
+        let Some((key, _)) = line.split_once(" = ") else {
+            continue;
+        };
+        for odd in odd {
+            let changed = format!("{key} = {odd}");
+            let text = lines
+                .iter()
+                .enumerate()
+                .map(|(here, line)| if here == index { &changed } else { *line });
+            let text = text.collect::<Vec<_>>().join("\n");
+            let Err(error) = read(&text, &[], Flags::default()) else {
+                continue;
+            };
+            let here = Source::File {
+                path: "f.toml".into(),
+                line: Some(index + 1),
+            };
+            assert!(
+                error.problems.iter().any(|problem| problem.source == here),
+                "{changed}: {error}"
+            );
+            assert!(!error.to_string().contains('\0'), "{error:?}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 400, "only {refused}");
+}
+
+#[test]
 fn values_out_of_range_are_refused() {
     check(
         "[pool]\nsize = -1",
