@@ -1501,20 +1501,19 @@ fn tied(select: &Select, tables: usize, literals: &[String]) -> Option<RunRef> {
         equal: Vec::new(),
         literals,
     };
-    let mut conditions = Vec::new();
     for item in &select.from {
         ties.factor(&item.relation)?;
         for join in &item.joins {
-            let known = ties.tables.len();
+            let new = ties.tables.len();
             ties.factor(&join.relation)?;
             match constraint(&join.join_operator)? {
-                JoinConstraint::On(expr) => conditions.push(expr),
+                JoinConstraint::On(expr) => ties.join(expr, new, is_outer(&join.join_operator)),
                 JoinConstraint::Using(columns) => {
                     let on_run = columns
                         .iter()
                         .any(|name| names(name).is_some_and(|name| name == ["run_id"]));
-                    if on_run && known == 1 && ties.tables.len() == 2 {
-                        ties.unite(0, 1);
+                    if on_run && new == 1 && ties.tables.len() == 2 {
+                        ties.unite((0, 1));
                     }
                 }
                 JoinConstraint::Natural | JoinConstraint::None => {}
@@ -1525,38 +1524,51 @@ fn tied(select: &Select, tables: usize, literals: &[String]) -> Option<RunRef> {
     if ties.tables.len() != tables {
         return None;
     }
-    for condition in conditions {
-        ties.condition(condition, false);
-    }
-    ties.condition(select.selection.as_ref()?, true);
-    let runs: Option<Vec<RunRef>> = (0..tables)
-        .map(|n| {
-            ties.equal
-                .iter()
-                .find(|(m, _)| ties.group[*m] == ties.group[n])
-                .map(|(_, run)| *run)
-        })
-        .collect();
+    ties.filter(select.selection.as_ref()?);
+    let runs: Option<Vec<RunRef>> = (0..tables).map(|n| ties.run(n)).collect();
     let runs = runs?;
     let first = *runs.first()?;
     runs.iter().all(|run| *run == first).then_some(first)
 }
 
+fn is_outer(operator: &JoinOperator) -> bool {
+    !matches!(
+        operator,
+        JoinOperator::Join(_) | JoinOperator::Inner(_) | JoinOperator::CrossJoin(_)
+    )
+}
+
+/// The parts of `a AND b AND …`.
+fn conjuncts<'a>(expr: &'a Expr, out: &mut Vec<&'a Expr>) {
+    match expr {
+        Expr::Nested(inner) => conjuncts(inner, out),
+        Expr::BinaryOp {
+            left,
+            op: BinaryOperator::And,
+            right,
+        } => {
+            conjuncts(left, out);
+            conjuncts(right, out);
+        }
+        other => out.push(other),
+    }
+}
+
 impl Ties<'_> {
     fn factor(&mut self, factor: &TableFactor) -> Option<()> {
-        let TableFactor::Table {
-            name,
-            alias,
-            args: None,
-            ..
-        } = factor
-        else {
+        let (name, alias) = match factor {
+            TableFactor::Table {
+                name,
+                alias,
+                args: None,
+                ..
+            } => (name, alias),
             // A function or a subquery: the count of tables shows if it read runs.
-            return matches!(
-                factor,
-                TableFactor::Table { .. } | TableFactor::Derived { .. }
-            )
-            .then_some(());
+            TableFactor::Table { .. }
+            | TableFactor::Function { .. }
+            | TableFactor::UNNEST { .. }
+            | TableFactor::Derived { .. } => return Some(()),
+            _ => return None,
         };
         let name = names(name)?;
         let [schema, name] = name.as_slice() else {
@@ -1568,16 +1580,19 @@ impl Ties<'_> {
                 .any(|table| table.name == name && table.scope == Scope::Run);
         if has_run {
             self.group.push(self.tables.len());
-            self.tables.push(
-                alias
-                    .as_ref()
-                    .map_or_else(|| name.clone(), |alias| alias.name.value.clone()),
-            );
+            let known_as = alias.as_ref().map_or(name, |alias| &alias.name.value);
+            self.tables.push(known_as.clone());
         }
         Some(())
     }
 
-    fn unite(&mut self, a: usize, b: usize) {
+    fn run(&self, table: usize) -> Option<RunRef> {
+        let mut equal = self.equal.iter();
+        let found = equal.find(|(other, _)| self.group[*other] == self.group[table]);
+        found.map(|(_, run)| *run)
+    }
+
+    fn unite(&mut self, (a, b): (usize, usize)) {
         let (from, to) = (self.group[b], self.group[a]);
         for group in &mut self.group {
             if *group == from {
@@ -1586,34 +1601,61 @@ impl Ties<'_> {
         }
     }
 
-    fn condition(&mut self, expr: &Expr, everywhere: bool) {
-        match expr {
-            Expr::Nested(inner) => self.condition(inner, everywhere),
-            Expr::BinaryOp {
-                left,
-                op: BinaryOperator::And,
-                right,
-            } => {
-                self.condition(left, everywhere);
-                self.condition(right, everywhere);
+    /// What ON says of the tables joined so far; those from `new` on are its right side. An outer join's ON says
+    /// nothing of rows it finds no partner for, so only one tie of the new table to an old one counts: two would tie
+    /// the old ones to each other.
+    fn join(&mut self, on: &Expr, new: usize, outer: bool) {
+        let mut parts = Vec::new();
+        conjuncts(on, &mut parts);
+        for part in parts {
+            let Some((a, b)) = self.equal_runs(part) else {
+                continue;
+            };
+            if !outer {
+                self.unite((a, b));
+            } else if a.min(b) < new && a.max(b) >= new {
+                return self.unite((a, b));
             }
-            Expr::BinaryOp {
-                left,
-                op: BinaryOperator::Eq,
-                right,
-            } => match (self.run_column(left), self.run_column(right)) {
-                (Some(a), Some(b)) => self.unite(a, b),
-                (Some(table), None) if everywhere => self.equals(table, right),
-                (None, Some(table)) if everywhere => self.equals(table, left),
-                (Some(_) | None, Some(_) | None) => {}
-            },
-            _ => {}
         }
     }
 
-    fn equals(&mut self, table: usize, value: &Expr) {
-        if let Some(run) = run_value(value, self.literals) {
-            self.equal.push((table, run));
+    fn equal_runs(&self, expr: &Expr) -> Option<(usize, usize)> {
+        let Expr::BinaryOp {
+            left,
+            op: BinaryOperator::Eq,
+            right,
+        } = expr
+        else {
+            return None;
+        };
+        Some((self.run_column(left)?, self.run_column(right)?))
+    }
+
+    /// What WHERE says: true of every row of the answer.
+    fn filter(&mut self, selection: &Expr) {
+        let mut parts = Vec::new();
+        conjuncts(selection, &mut parts);
+        for part in &parts {
+            if let Some(pair) = self.equal_runs(part) {
+                self.unite(pair);
+            }
+        }
+        for part in parts {
+            let Expr::BinaryOp {
+                left,
+                op: BinaryOperator::Eq,
+                right,
+            } = part
+            else {
+                continue;
+            };
+            for (column, value) in [(left, right), (right, left)] {
+                if let (Some(table), Some(run)) =
+                    (self.run_column(column), run_value(value, self.literals))
+                {
+                    self.equal.push((table, run));
+                }
+            }
         }
     }
 

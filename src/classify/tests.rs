@@ -173,6 +173,67 @@ fn plain_selects_on_pgflow_tables_are_reads() {
 }
 
 #[test]
+fn a_read_is_of_one_run_only_if_nothing_else_can_show_in_its_answer() {
+    let joined = |on: &str| format!("select * from pgflow.runs a {on} where a.run_id = $1");
+    for (joins, expected) in [
+        (
+            "join pgflow.step_states b on b.run_id = a.run_id",
+            "Read(Param(1))",
+        ),
+        (
+            "left join pgflow.step_states b on a.run_id = b.run_id and b.status = 'x'",
+            "Read(Param(1))",
+        ),
+        (
+            "full join pgflow.step_states b on a.run_id = b.run_id",
+            "Read(Param(1))",
+        ),
+        (
+            "join pgflow.step_states b on a.run_id = b.run_id or true",
+            "Read(All)",
+        ),
+        (
+            "join pgflow.step_states b on a.run_id >= b.run_id",
+            "Read(All)",
+        ),
+        // c without a partner leaves rows of b that belong to any run.
+        (
+            "left join pgflow.step_states b on a.status = b.status \
+             left join pgflow.step_tasks c on c.run_id = b.run_id and c.run_id = a.run_id",
+            "Read(All)",
+        ),
+        (
+            "left join pgflow.step_states b on a.run_id = b.run_id left join pgflow.step_tasks c on c.run_id = b.run_id",
+            "Read(Param(1))",
+        ),
+        ("cross join pgflow.step_states b", "Read(All)"),
+        ("cross join pgflow.flows b", "Read(Param(1))"),
+    ] {
+        check(&joined(joins), expected);
+    }
+    check(
+        "select * from pgflow.runs a, pgflow.step_states b where a.run_id = b.run_id and b.run_id = $1",
+        "Read(Param(1))",
+    );
+    check(
+        "select * from pgflow.runs a, pgflow.step_states b where a.run_id = $1 and b.run_id = $2",
+        "Read(All)",
+    );
+    check(
+        "select * from pgflow.runs a, pgflow.step_states b where a.run_id = $1",
+        "Read(All)",
+    );
+    check(
+        "select pgflow.get_run_with_states($1) from pgflow.runs where run_id = $1",
+        "Read(Param(1))",
+    );
+    check(
+        "select pgflow.get_run_with_states($2) from pgflow.runs where run_id = $1",
+        "Read(All)",
+    );
+}
+
+#[test]
 fn writes_in_disguise_are_never_reads() {
     for text in [
         "select pgflow.start_flow('a','{}')",
