@@ -1,0 +1,413 @@
+//! What a statement is: a read that a replica may answer, a poll, progress, a start, a definition, or anything else;
+//! and what it does to its session. Never fails and never guesses: what is not understood is `Other`, a write. Has no
+//! clock, no I/O. Called by `client/session.rs` for every Query and Parse text, and by `route.rs` for the types.
+//!
+//! Three stages, each seeing only what the one before could not settle: a scan for words that matter (most texts end
+//! here, without an allocation); the memo; the lexer, and behind it `sql.rs` for what may be a read.
+//!
+//! Why a session effect is a list and not a parse tree: the session has to follow what *it* must replay or pin, and
+//! Postgres itself judges the rest. An effect counts only if the statement succeeds, in its transaction.
+
+mod calls;
+mod effects;
+mod lexer;
+mod memo;
+mod sql;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use memo::MemoStats;
+
+use crate::config::Reads;
+use aho_corasick::{AhoCorasick, AhoCorasickKind};
+use lexer::{Kind, Lexer, Token};
+use memchr::memchr;
+use memo::Memo;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// What a text is. One text may hold several statements (simple protocol).
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Analysis {
+    pub(crate) class: StatementClass,
+    /// In statement order, all statements together.
+    pub(crate) effects: Vec<Effect>,
+    /// Top-level statements that are not empty; 0 is an empty query.
+    pub(crate) statements: usize,
+    /// The flow a Progress, Start or Define call names.
+    pub(crate) flow: Arg,
+}
+
+/// Anything but `Other` is said of a single statement only.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum StatementClass {
+    /// Provably reads only, and concerns these runs: a fresh enough replica may answer.
+    Read(RunRef),
+    /// One call that waits for work, and nothing else.
+    Poll(PollRef),
+    /// Writes to these runs; work already paid for.
+    Progress(RunRef),
+    /// Begins a run: the one named, or `All` where Postgres will choose its id.
+    Start(RunRef),
+    /// Changes the definition of `Analysis::flow`.
+    Define,
+    /// Everything else: to the primary, untouched. Takes it that anything may be written.
+    Other,
+}
+
+/// Which runs a statement concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum RunRef {
+    Literal(Uuid),
+    /// `$n`, from 1; its value is to be read as a uuid when bound.
+    Param(u16),
+    /// Any run may be concerned.
+    All,
+    /// No run is, e.g. flow definitions.
+    None,
+}
+
+/// An argument of a recognised call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Arg {
+    /// Not given, so its default holds.
+    #[default]
+    Absent,
+    Null,
+    /// A string or number, without quotes.
+    Literal(String),
+    Param(u16),
+    /// Something to be computed.
+    Expression,
+}
+
+/// The arguments of a `read_with_poll`. INVARIANT: none is `Expression`, and there is no `conditional`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PollRef {
+    pub(crate) queue: Arg,
+    pub(crate) vt: Arg,
+    pub(crate) qty: Arg,
+    pub(crate) max_poll_seconds: Arg,
+    pub(crate) poll_interval_ms: Arg,
+}
+
+/// What a statement does to its session if it succeeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// Any SET that outlives the transaction, also `SET TIME ZONE`, `SET NAMES`, `SET SCHEMA`, `SET ROLE`, `SET SESSION
+    /// AUTHORIZATION` (which sets the role back to none, too), `SET SESSION CHARACTERISTICS` (one effect a setting).
+    Set {
+        /// The setting as `pg_settings` has it, in lower case: `timezone`, `role`, `session_authorization`, …
+        name: String,
+        /// A whole SET statement that does it again; equal spellings are equal here.
+        sql: String,
+    },
+    /// Ends with the transaction: nothing to keep.
+    SetLocal,
+    /// `RESET x`, `SET x TO DEFAULT`.
+    Reset(String),
+    ResetAll,
+    Listen(String),
+    Unlisten(String),
+    UnlistenAll,
+    Notify,
+    DiscardAll,
+    /// Plans, sequences or temp tables.
+    DiscardOther,
+    /// SQL's PREPARE, EXECUTE and DEALLOCATE.
+    Prepare(String),
+    Execute(String),
+    Deallocate(String),
+    DeallocateAll,
+    DeclareHold,
+    TempObject,
+    /// A lock that outlives the transaction.
+    AdvisorySession,
+    AdvisoryUnlockAll,
+    Load,
+    /// `set_config` that is not plainly local.
+    SetConfig,
+    Copy,
+    /// BEGIN, COMMIT, SAVEPOINT and their kin, PREPARE TRANSACTION.
+    Transaction,
+    /// Does something to the session that can't be followed (a name in another encoding, a DO block that sets):
+    /// only this very server connection has that state now.
+    Unfollowed,
+}
+
+/// Texts longer than this are cut into statements, but are no reads and no calls.
+const SQL_BYTES_MAX: usize = 32 * 1024;
+/// Tokens of one statement that are looked at.
+const TOKENS_MAX: usize = 16 * 1024;
+
+pub(crate) struct Classifier {
+    words: AhoCorasick,
+    memo: Memo<Analysis>,
+    reads: Reads,
+    plain: Arc<Analysis>,
+    empty: Arc<Analysis>,
+    transaction: Arc<Analysis>,
+    copy: Arc<Analysis>,
+}
+
+impl Classifier {
+    /// `seed` makes the memo's hash unforeseeable.
+    pub(crate) fn new(reads: Reads, memo_bytes_max: usize, seed: u64) -> Self {
+        // Words that make a text worth a closer look wherever they stand; `u&"` may spell any of them.
+        let words = AhoCorasick::builder()
+            .ascii_case_insensitive(true)
+            .kind(Some(AhoCorasickKind::DFA))
+            .build(["pgflow", "pgmq", "set_config", "advisory", "temp", "u&\""])
+            .expect("six short patterns");
+        let shared = |statements, effects: &[Effect]| {
+            Arc::new(Analysis {
+                class: StatementClass::Other,
+                effects: effects.to_vec(),
+                statements,
+                flow: Arg::Absent,
+            })
+        };
+        Self {
+            words,
+            memo: Memo::new(memo_bytes_max, seed),
+            reads,
+            plain: shared(1, &[]),
+            empty: shared(0, &[]),
+            transaction: shared(1, &[Effect::Transaction]),
+            copy: shared(1, &[Effect::Copy]),
+        }
+    }
+
+    /// Never fails: what can't be understood is `Other`, with the effects the lexer saw before it stopped.
+    pub(crate) fn analyse(&self, text: &[u8]) -> Arc<Analysis> {
+        match self.at_first_sight(text) {
+            Sight::Plain => Arc::clone(&self.plain),
+            Sight::Empty => Arc::clone(&self.empty),
+            Sight::Transaction => Arc::clone(&self.transaction),
+            Sight::Copy => Arc::clone(&self.copy),
+            Sight::Candidate => self.memo.get_or_make(text, || analyse(text, self.reads)),
+        }
+    }
+
+    pub(crate) fn memo_stats(&self) -> MemoStats {
+        self.memo.stats()
+    }
+
+    fn at_first_sight(&self, text: &[u8]) -> Sight {
+        let Some(start) = text
+            .iter()
+            .position(|byte| !byte.is_ascii_whitespace() && *byte != b';')
+        else {
+            return Sight::Empty;
+        };
+        let text = text[start..].trim_ascii_end();
+        let one_statement = memchr(b';', text).is_none_or(|at| at + 1 == text.len());
+        let length = text
+            .iter()
+            .position(|byte| !byte.is_ascii_alphabetic())
+            .unwrap_or(text.len());
+        // A comment, a parenthesis, an odd byte; or a letter that goes on in another script.
+        let next = text.get(length).copied().unwrap_or(b' ');
+        if !one_statement || length == 0 || lexer::is_ident_start(next) {
+            return Sight::Candidate;
+        }
+        match First::of(&text[..length]) {
+            First::Session => Sight::Candidate,
+            First::Query if self.reads == Reads::All => Sight::Candidate,
+            First::Transaction if self.words.is_match(text) => Sight::Candidate,
+            First::Transaction => Sight::Transaction,
+            First::Copy if self.words.is_match(text) => Sight::Candidate,
+            First::Copy => Sight::Copy,
+            First::Query | First::Other if self.words.is_match(text) => Sight::Candidate,
+            First::Query | First::Other => Sight::Plain,
+        }
+    }
+}
+
+enum Sight {
+    Plain,
+    Empty,
+    Transaction,
+    Copy,
+    Candidate,
+}
+
+/// What the first word alone says.
+enum First {
+    /// May change the session: look closer.
+    Session,
+    Query,
+    Transaction,
+    Copy,
+    Other,
+}
+
+impl First {
+    fn of(word: &[u8]) -> Self {
+        let is = |words: &[&str]| {
+            words
+                .iter()
+                .any(|w| word.eq_ignore_ascii_case(w.as_bytes()))
+        };
+        if is(&["select", "with", "values", "table"]) {
+            Self::Query
+        } else if is(&["insert", "update", "delete"]) {
+            Self::Other
+        } else if is(effects::TRANSACTION) {
+            Self::Transaction
+        } else if is(&["copy"]) {
+            Self::Copy
+        } else if is(&[
+            "set",
+            "reset",
+            "listen",
+            "unlisten",
+            "notify",
+            "discard",
+            "prepare",
+            "execute",
+            "deallocate",
+            "declare",
+            "load",
+            "do",
+        ]) {
+            Self::Session
+        } else {
+            Self::Other
+        }
+    }
+}
+
+fn analyse(text: &[u8], reads: Reads) -> Analysis {
+    let split = split(text);
+    let mut found = Vec::new();
+    for statement in &split.statements {
+        effects::effects(text, statement, &mut found);
+    }
+    if split.cut_short {
+        // More than we look at: it may hide anything.
+        found.push(Effect::Unfollowed);
+    }
+    let (class, flow) = match split.statements.as_slice() {
+        [only]
+            if text.len() <= SQL_BYTES_MAX && !split.odd && std::str::from_utf8(text).is_ok() =>
+        {
+            class(text, only, reads)
+        }
+        _ => (StatementClass::Other, Arg::Absent),
+    };
+    // A read that also did something to its session would have to do it on the primary.
+    let class = if matches!(class, StatementClass::Read(_)) && !found.is_empty() {
+        StatementClass::Other
+    } else {
+        class
+    };
+    Analysis {
+        class,
+        effects: found,
+        statements: split.statements.len(),
+        flow,
+    }
+}
+
+fn class(text: &[u8], tokens: &[Token], reads: Reads) -> (StatementClass, Arg) {
+    match calls::class(text, tokens) {
+        Some((class, flow)) => (class, flow),
+        None => match sql::read(text, tokens, reads) {
+            Some(run) => (StatementClass::Read(run), Arg::Absent),
+            None => (StatementClass::Other, Arg::Absent),
+        },
+    }
+}
+
+struct Split {
+    /// Empty statements left out.
+    statements: Vec<Vec<Token>>,
+    odd: bool,
+    cut_short: bool,
+}
+
+/// Cuts a text into its top-level statements, as psql does: not inside parentheses (CREATE RULE), not between BEGIN
+/// ATOMIC and its END (CREATE FUNCTION).
+fn split(text: &[u8]) -> Split {
+    let mut lexer = Lexer::new(text);
+    let mut split = Split {
+        statements: Vec::new(),
+        odd: false,
+        cut_short: false,
+    };
+    let mut current: Vec<Token> = Vec::new();
+    let (mut parens, mut begins) = (0_usize, 0_usize);
+    let mut kept = 0;
+    for token in lexer.by_ref() {
+        match token.kind {
+            Kind::Punct(b'(') => parens += 1,
+            Kind::Punct(b')') => parens = parens.saturating_sub(1),
+            Kind::Punct(b';') if parens == 0 && begins == 0 => {
+                if !current.is_empty() {
+                    split.statements.push(std::mem::take(&mut current));
+                }
+                continue;
+            }
+            Kind::Word if parens == 0 && creates_routine(text, &current) => {
+                if token.is_word(text, "begin") || (begins > 0 && token.is_word(text, "case")) {
+                    begins += 1;
+                } else if token.is_word(text, "end") {
+                    begins = begins.saturating_sub(1);
+                }
+            }
+            _ => {}
+        }
+        kept += 1;
+        if kept > TOKENS_MAX {
+            split.cut_short = mentions_session(text);
+            break;
+        }
+        current.push(token);
+    }
+    split.odd = lexer.odd() || kept > TOKENS_MAX;
+    if !current.is_empty() {
+        split.statements.push(current);
+    }
+    split
+}
+
+fn creates_routine(text: &[u8], tokens: &[Token]) -> bool {
+    let is = |at: usize, word: &str| {
+        tokens
+            .get(at)
+            .is_some_and(|token| token.is_word(text, word))
+    };
+    let kind = |at: usize| is(at, "function") || is(at, "procedure");
+    is(0, "create") && (kind(1) || is(1, "or") && is(2, "replace") && kind(3))
+}
+
+/// For a text too long to follow: could its rest do anything to the session? A huge INSERT could not.
+fn mentions_session(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    let mut begins = true;
+    let mut found = false;
+    for token in lexer.by_ref() {
+        if token.is(b';') {
+            begins = true;
+            continue;
+        }
+        let word = token.kind == Kind::Word;
+        found |= begins
+            && word
+            && matches!(
+                First::of(token.bytes(text)),
+                First::Session | First::Transaction
+            );
+        found |= matches!(token.kind, Kind::Word | Kind::Quoted)
+            && token.name(text).is_none_or(|name| {
+                name == "set_config"
+                    || name.contains("advisory_")
+                    || name == "temp"
+                    || name == "temporary"
+                    || name == "pg_temp"
+            });
+        begins = false;
+    }
+    found
+}
