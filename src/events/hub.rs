@@ -1,0 +1,800 @@
+//! Who listens to what: `Hubs` (one a process), `Hub` (one a database), `Subscriber` (one a client session), and the
+//! synchronous `State` between them. Never talks to Postgres (that is `upstream.rs`) and never waits for a reader.
+//!
+//! Locks: a hub's state first, an inbox second, never the other way round, neither over an await.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinSet;
+
+use crate::config::{ConnectUrl, Events};
+use crate::metrics::Registry;
+use crate::pgflow::events::Channel;
+
+use super::subscription::{Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification};
+use super::{EventMetrics, EventsError, upstream};
+
+/// Bytes that may wait for one reader, besides the frames `events.queue` allows.
+const QUEUE_BYTES: usize = 16 << 20;
+/// Channels one session may listen to.
+const CHANNELS: usize = 10_000;
+/// NAMEDATALEN - 1: Postgres cuts an identifier here, and so a longer ordinary channel is the shorter one.
+const NAME_BYTES: usize = 63;
+/// How long shutdown waits for the listeners to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// What the outbox's writers notify.
+pub(super) const WAKE_CHANNEL: &str = "flowgate_wake";
+
+/// All hubs of a process.
+pub(crate) struct Hubs {
+    common: Arc<Common>,
+    hubs: Mutex<HashMap<String, Weak<Hub>>>,
+}
+
+/// What all hubs share.
+pub(super) struct Common {
+    pub(super) control: ConnectUrl,
+    pub(super) settings: Events,
+    pub(super) connect_timeout: Duration,
+    pub(super) metrics: EventMetrics,
+    handle: Handle,
+    /// `None` once shut down: then no listener starts any more.
+    tasks: Mutex<Option<JoinSet<()>>>,
+}
+
+impl Hubs {
+    /// The listeners run on `handle`'s runtime, whatever thread subscribes.
+    pub(crate) fn new(
+        control: ConnectUrl,
+        settings: Events,
+        connect_timeout: Duration,
+        registry: &Registry,
+        handle: Handle,
+    ) -> Arc<Self> {
+        let metrics = EventMetrics::register(registry);
+        let tasks = Mutex::new(Some(JoinSet::new()));
+        let common = Arc::new(Common { control, settings, connect_timeout, metrics, handle, tasks });
+        Arc::new(Self { common, hubs: Mutex::new(HashMap::new()) })
+    }
+
+    /// Costs nothing until somebody listens, and the connection goes a while after the last one left.
+    pub(crate) fn of_database(&self, database: &str) -> Arc<Hub> {
+        let mut hubs = lock(&self.hubs);
+        if let Some(hub) = hubs.get(database).and_then(Weak::upgrade) {
+            return hub;
+        }
+        hubs.retain(|_, hub| hub.strong_count() > 0);
+        let hub = Arc::new(Hub::new(database.to_owned(), Arc::clone(&self.common)));
+        hubs.insert(database.to_owned(), Arc::downgrade(&hub));
+        hub
+    }
+
+    /// Cuts every subscriber and waits for the listeners to end.
+    pub(crate) async fn shutdown(&self) {
+        let tasks = lock(&self.common.tasks).take();
+        let hubs: Vec<Arc<Hub>> = lock(&self.hubs).values().filter_map(Weak::upgrade).collect();
+        for hub in hubs {
+            hub.stop();
+        }
+        if let Some(mut tasks) = tasks {
+            let all = async { while tasks.join_next().await.is_some() {} };
+            if tokio::time::timeout(GOODBYE, all).await.is_err() {
+                tasks.shutdown().await;
+            }
+        }
+    }
+}
+
+/// The events of one database.
+pub(crate) struct Hub {
+    pub(super) database: String,
+    pub(super) common: Arc<Common>,
+    state: Mutex<State>,
+    /// There is something to do upstream.
+    pub(super) kick: Notify,
+    next_stream: AtomicU64,
+}
+
+/// An inbox where several threads reach it.
+pub(super) struct Mailbox {
+    inbox: Mutex<Inbox>,
+}
+
+impl Mailbox {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inbox> {
+        lock(&self.inbox)
+    }
+}
+
+/// INVARIANT: nothing that panics half-way runs inside these locks, so a poisoned one still holds a whole state.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+type Answer = oneshot::Sender<Result<(), EventsError>>;
+type Members = HashMap<StreamId, Arc<Mailbox>>;
+
+/// Who listens to what, and what is to be done about it upstream.
+#[derive(Default)]
+pub(super) struct State {
+    ordinary: HashMap<String, Ordinary>,
+    /// By topic.
+    runs: HashMap<String, Members>,
+    flows: HashMap<String, Members>,
+    all: Members,
+    /// Ordinary channels that upstream may have to hear about.
+    dirty: HashSet<String>,
+    /// pgflow channels wait for the first reading of the outbox.
+    outbox_waiters: Vec<(StreamId, Answer)>,
+    /// Replays wait until their first page is queued.
+    page_waiters: HashMap<StreamId, (Answer, Listened)>,
+    /// Readers with room for a page of what they are owed.
+    hungry: VecDeque<Arc<Mailbox>>,
+    outbox: Outbox,
+    /// Nobody followed pgflow for a moment, so what happened then is nobody's.
+    forget_cursor: bool,
+    wake: bool,
+    stopping: bool,
+    running: bool,
+    pid: i32,
+}
+
+#[derive(Default)]
+struct Ordinary {
+    members: Members,
+    /// Upstream has acknowledged our LISTEN, and no UNLISTEN has been sent since.
+    present: bool,
+    waiters: Vec<Answer>,
+}
+
+/// What a replay adds to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listened {
+    /// Nothing: it can be refused.
+    Anew,
+    /// A subscription in force, which must not end in silence.
+    Again,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Outbox {
+    #[default]
+    Off,
+    On,
+}
+
+/// What the listener has to do now; empty: nothing.
+#[derive(Default)]
+pub(super) struct Work {
+    pub(super) listen: Vec<String>,
+    pub(super) unlisten: Vec<String>,
+    pub(super) outbox: OutboxWork,
+    pub(super) hungry: Vec<Arc<Mailbox>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum OutboxWork {
+    #[default]
+    Nothing,
+    Start,
+    Read,
+    Stop,
+}
+
+impl Work {
+    pub(super) fn is_empty(&self) -> bool {
+        self.listen.is_empty()
+            && self.unlisten.is_empty()
+            && self.outbox == OutboxWork::Nothing
+            && self.hungry.is_empty()
+    }
+}
+
+enum Subscribed {
+    InForce,
+    Wait { stream: StreamId, listened: Listened, answer: oneshot::Receiver<Result<(), EventsError>> },
+}
+
+impl State {
+    fn follows_pgflow(&self) -> bool {
+        !(self.runs.is_empty() && self.flows.is_empty() && self.all.is_empty())
+    }
+
+    fn is_idle(&self) -> bool {
+        !self.follows_pgflow() && self.ordinary.values().all(|channel| channel.members.is_empty())
+    }
+
+    /// In force as soon as this returns, for pgflow while the outbox is being read: whatever is committed later is in no
+    /// snapshot taken so far.
+    fn join(&mut self, stream: StreamId, mailbox: &Arc<Mailbox>, target: &Target) {
+        let members = match target {
+            Target::Ordinary(channel) => &mut self.ordinary.entry(channel.clone()).or_default().members,
+            Target::Run { topic, .. } => self.runs.entry(topic.clone()).or_default(),
+            Target::Flow(slug) => self.flows.entry(slug.clone()).or_default(),
+            Target::All => &mut self.all,
+        };
+        members.insert(stream, Arc::clone(mailbox));
+    }
+
+    fn leave(&mut self, stream: StreamId, target: &Target) {
+        self.page_waiters.remove(&stream);
+        self.outbox_waiters.retain(|(waiting, _)| *waiting != stream);
+        match target {
+            Target::Ordinary(channel) => {
+                if let Some(ordinary) = self.ordinary.get_mut(channel) {
+                    ordinary.members.remove(&stream);
+                    if ordinary.members.is_empty() {
+                        self.dirty.insert(channel.clone());
+                    }
+                }
+            }
+            Target::Run { topic, .. } => leave_members(&mut self.runs, topic, stream),
+            Target::Flow(slug) => leave_members(&mut self.flows, slug, stream),
+            Target::All => {
+                self.all.remove(&stream);
+            }
+        }
+        // While it is read, a cursor is nobody's secret: whoever joins before `Stop` is taken out of it is served by it.
+        self.forget_cursor |= self.outbox == Outbox::Off && !self.follows_pgflow();
+    }
+
+    fn evict(&mut self, mailbox: &Mailbox, reason: CutReason) {
+        let mut inbox = mailbox.lock();
+        inbox.cut(reason);
+        // What is queued stays readable, so the streams stay known to the inbox.
+        for stream in inbox.stream_ids() {
+            if let Some(target) = inbox.target(stream) {
+                self.leave(stream, &target);
+            }
+        }
+    }
+
+    fn evict_all(&mut self, mailboxes: &[Arc<Mailbox>], reason: CutReason) -> u64 {
+        let mut evicted = 0;
+        for mailbox in mailboxes {
+            if !mailbox.lock().is_cut() {
+                evicted += 1;
+            }
+            self.evict(mailbox, reason);
+        }
+        evicted
+    }
+
+    fn pgflow_members(&self) -> impl Iterator<Item = (&StreamId, &Arc<Mailbox>)> {
+        self.runs.values().flatten().chain(self.flows.values().flatten()).chain(&self.all)
+    }
+
+    fn take_work(&mut self) -> Work {
+        let mut work = Work::default();
+        for channel in std::mem::take(&mut self.dirty) {
+            let Some(ordinary) = self.ordinary.get_mut(&channel) else { continue };
+            match (ordinary.members.is_empty(), ordinary.present) {
+                (false, false) => work.listen.push(channel),
+                // From here on it counts as gone: whoever joins now gets a LISTEN of its own, sent after the UNLISTEN.
+                (true, true) => {
+                    ordinary.present = false;
+                    self.ordinary.remove(&channel);
+                    work.unlisten.push(channel);
+                }
+                (true, false) => {
+                    self.ordinary.remove(&channel);
+                }
+                (false, true) => {}
+            }
+        }
+        work.outbox = match (self.outbox, self.follows_pgflow()) {
+            (Outbox::Off, true) => OutboxWork::Start,
+            // Off under this lock: whoever joins from here on waits for a cursor of its own.
+            (Outbox::On, false) => {
+                self.outbox = Outbox::Off;
+                OutboxWork::Stop
+            }
+            (Outbox::On, true) if std::mem::take(&mut self.wake) => OutboxWork::Read,
+            (Outbox::On, true) | (Outbox::Off, false) => OutboxWork::Nothing,
+        };
+        if self.outbox == Outbox::On {
+            work.hungry = self.hungry.drain(..).collect();
+        }
+        work
+    }
+
+    /// Upstream has acknowledged these.
+    fn listened(&mut self, channels: &[String]) {
+        for channel in channels {
+            let Some(ordinary) = self.ordinary.get_mut(channel) else {
+                // All left while we asked: an entry again, so that the UNLISTEN is found to be due.
+                self.ordinary.insert(channel.clone(), Ordinary { present: true, ..Ordinary::default() });
+                self.dirty.insert(channel.clone());
+                continue;
+            };
+            ordinary.present = true;
+            for waiter in ordinary.waiters.drain(..) {
+                answer(waiter, Ok(()));
+            }
+            if ordinary.members.is_empty() {
+                self.dirty.insert(channel.clone());
+            }
+        }
+    }
+
+    /// The outbox is being read from here on.
+    fn outbox_on(&mut self) {
+        self.outbox = Outbox::On;
+        self.wake = true;
+        for (_, waiter) in self.outbox_waiters.drain(..) {
+            answer(waiter, Ok(()));
+        }
+        // A connection may have been lost between a wish for pages and its fulfilment.
+        self.hungry.clear();
+        for mailbox in self.runs.values().flat_map(HashMap::values) {
+            let mut inbox = mailbox.lock();
+            if inbox.ask_pages_anew() {
+                self.hungry.push_back(Arc::clone(mailbox));
+            }
+        }
+    }
+
+    /// There is no outbox: pgflow's channels are ordinary ones that nobody notifies yet.
+    fn make_ordinary(&mut self) {
+        let members: Vec<(StreamId, Arc<Mailbox>)> =
+            self.pgflow_members().map(|(stream, mailbox)| (*stream, Arc::clone(mailbox))).collect();
+        self.runs.clear();
+        self.flows.clear();
+        self.all.clear();
+        self.forget_cursor = true;
+        let mut waiters: HashMap<StreamId, Answer> = self.outbox_waiters.drain(..).collect();
+        waiters.extend(self.page_waiters.drain().map(|(stream, (waiter, _))| (stream, waiter)));
+        for (stream, mailbox) in members {
+            let mut inbox = mailbox.lock();
+            let Some(spelling) = inbox.spelling(stream) else { continue };
+            let channel = as_postgres_cuts_it(&spelling).to_owned();
+            inbox.make_ordinary(stream, &channel);
+            drop(inbox);
+            let ordinary = self.ordinary.entry(channel.clone()).or_default();
+            ordinary.members.insert(stream, mailbox);
+            match (waiters.remove(&stream), ordinary.present) {
+                (Some(waiter), true) => answer(waiter, Ok(())),
+                (Some(waiter), false) => ordinary.waiters.push(waiter),
+                (None, _) => {}
+            }
+            self.dirty.insert(channel);
+        }
+    }
+
+    /// The connection is gone. Returns those whose ordinary channels were in force: they may have missed something.
+    fn lost(&mut self) -> Vec<Arc<Mailbox>> {
+        self.outbox = Outbox::Off;
+        self.forget_cursor |= !self.follows_pgflow();
+        let mut bereft: Vec<Arc<Mailbox>> = Vec::new();
+        for (channel, ordinary) in &mut self.ordinary {
+            if std::mem::take(&mut ordinary.present) {
+                bereft.extend(ordinary.members.values().cloned());
+            }
+            self.dirty.insert(channel.clone());
+        }
+        bereft
+    }
+
+    /// Those whose subscription was never in force lose it with this answer.
+    fn refuse_outbox_waiters(&mut self, error: &EventsError) {
+        let mut refused = std::mem::take(&mut self.outbox_waiters);
+        for (stream, (waiter, listened)) in self.page_waiters.drain() {
+            match listened {
+                Listened::Anew => refused.push((stream, waiter)),
+                Listened::Again => answer(waiter, Err(error.clone())),
+            }
+        }
+        let members: HashMap<StreamId, Arc<Mailbox>> =
+            self.pgflow_members().map(|(stream, mailbox)| (*stream, Arc::clone(mailbox))).collect();
+        for (stream, waiter) in refused {
+            let target = members.get(&stream).and_then(|mailbox| mailbox.lock().remove(stream));
+            if let Some(target) = target {
+                self.leave(stream, &target);
+            }
+            answer(waiter, Err(error.clone()));
+        }
+    }
+
+    fn fail_waiters(&mut self, error: &EventsError) {
+        let ordinary = self.ordinary.values_mut().flat_map(|channel| channel.waiters.drain(..));
+        let outbox = self.outbox_waiters.drain(..).map(|(_, waiter)| waiter);
+        let pages = self.page_waiters.drain().map(|(_, (waiter, _))| waiter);
+        for waiter in ordinary.chain(outbox).chain(pages) {
+            answer(waiter, Err(error.clone()));
+        }
+    }
+}
+
+fn leave_members(by_name: &mut HashMap<String, Members>, name: &str, stream: StreamId) {
+    if let Some(members) = by_name.get_mut(name) {
+        members.remove(&stream);
+        if members.is_empty() {
+            by_name.remove(name);
+        }
+    }
+}
+
+/// Nobody waits any more: then nobody needs to know.
+fn answer(waiter: Answer, result: Result<(), EventsError>) {
+    drop(waiter.send(result));
+}
+
+fn as_postgres_cuts_it(channel: &str) -> &str {
+    &channel[..channel.floor_char_boundary(NAME_BYTES)]
+}
+
+impl Hub {
+    fn new(database: String, common: Arc<Common>) -> Self {
+        let (state, kick) = (Mutex::default(), Notify::new());
+        Self { database, common, state, kick, next_stream: AtomicU64::new(1) }
+    }
+
+    pub(crate) fn subscriber(self: &Arc<Self>) -> Subscriber {
+        let bounds = Bounds { frames: self.common.settings.queue.get(), bytes: QUEUE_BYTES };
+        let mailbox = Arc::new(Mailbox { inbox: Mutex::new(Inbox::new(bounds)) });
+        Subscriber { hub: Arc::clone(self), mailbox }
+    }
+
+    /// Something may have been committed to the outbox: read it now rather than at the next probe.
+    pub(crate) fn wake(&self) {
+        let mut state = lock(&self.state);
+        state.wake = true;
+        let reading = state.outbox == Outbox::On;
+        drop(state);
+        if reading {
+            self.common.metrics.wakeups.inc();
+            self.kick.notify_one();
+        }
+    }
+
+    fn subscribe(self: &Arc<Self>, mailbox: &Arc<Mailbox>, name: &str) -> Result<Subscribed, EventsError> {
+        if name.is_empty() {
+            return Err(EventsError::EmptyChannel);
+        }
+        let (spelling, target, after) = match Channel::parse(name) {
+            Channel::Run { id, after } => {
+                let spelling = name.split_once('@').map_or(name, |(channel, _)| channel);
+                let run_id = id.to_string();
+                (spelling, Target::Run { topic: format!("pgflow:run:{run_id}"), run_id }, after)
+            }
+            Channel::Flow(slug) => (name, Target::Flow(slug), None),
+            Channel::All => (name, Target::All, None),
+            Channel::Ordinary(name_again) => {
+                let channel = as_postgres_cuts_it(&name_again).to_owned();
+                (as_postgres_cuts_it(name), Target::Ordinary(channel), None)
+            }
+        };
+        let mut state = lock(&self.state);
+        if state.stopping {
+            return Err(EventsError::Stopping);
+        }
+        let mut inbox = mailbox.lock();
+        if inbox.is_cut() {
+            return Err(EventsError::Cut);
+        }
+        let (sender, answer) = oneshot::channel();
+        let (stream, listened) = match inbox.find(spelling) {
+            Some(stream) => match after {
+                Some(after) if inbox.replay(stream, after) => (stream, Listened::Again),
+                Some(_) | None => return Ok(Subscribed::InForce),
+            },
+            None if inbox.channel_count() >= CHANNELS => {
+                return Err(EventsError::TooManyChannels { limit: CHANNELS });
+            }
+            None => {
+                let stream = self.next_stream.fetch_add(1, Ordering::Relaxed);
+                inbox.add(stream, spelling, target.clone(), after);
+                state.join(stream, mailbox, &target);
+                (stream, Listened::Anew)
+            }
+        };
+        if inbox.ask_pages() {
+            state.hungry.push_back(Arc::clone(mailbox));
+        }
+        drop(inbox);
+        let in_force = match (&target, after) {
+            (Target::Ordinary(channel), _) => {
+                state.dirty.insert(channel.clone());
+                let ordinary = state.ordinary.entry(channel.clone()).or_default();
+                if !ordinary.present {
+                    ordinary.waiters.push(sender);
+                }
+                ordinary.present
+            }
+            (Target::Run { .. }, Some(_)) => {
+                state.page_waiters.insert(stream, (sender, listened));
+                false
+            }
+            (Target::Run { .. } | Target::Flow(_) | Target::All, _) => {
+                let reading = state.outbox == Outbox::On;
+                if !reading {
+                    state.outbox_waiters.push((stream, sender));
+                }
+                reading
+            }
+        };
+        let start = !std::mem::replace(&mut state.running, true);
+        drop(state);
+        if start {
+            self.start()?;
+        }
+        self.kick.notify_one();
+        Ok(if in_force { Subscribed::InForce } else { Subscribed::Wait { stream, listened, answer } })
+    }
+
+    fn start(self: &Arc<Self>) -> Result<(), EventsError> {
+        let mut tasks = lock(&self.common.tasks);
+        let Some(tasks) = tasks.as_mut() else { return Err(EventsError::Stopping) };
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(upstream::run(Arc::clone(self)), &self.common.handle);
+        Ok(())
+    }
+
+    fn unsubscribe(&self, mailbox: &Mailbox, stream: StreamId) {
+        let mut state = lock(&self.state);
+        let target = mailbox.lock().remove(stream);
+        if let Some(target) = target {
+            state.leave(stream, &target);
+        }
+        drop(state);
+        self.kick.notify_one();
+    }
+
+    fn stop(&self) {
+        let mut state = lock(&self.state);
+        state.stopping = true;
+        let everybody: Vec<Arc<Mailbox>> = state
+            .pgflow_members()
+            .map(|(_, mailbox)| mailbox)
+            .chain(state.ordinary.values().flat_map(|channel| channel.members.values()))
+            .cloned()
+            .collect();
+        state.fail_waiters(&EventsError::Stopping);
+        state.evict_all(&everybody, CutReason::ShuttingDown);
+        drop(state);
+        self.kick.notify_one();
+    }
+
+    /// The floor: whether or not a wake-up came.
+    pub(super) fn probe(&self) {
+        lock(&self.state).wake = true;
+    }
+
+    pub(super) fn hungry(&self, mailbox: &Arc<Mailbox>) {
+        lock(&self.state).hungry.push_back(Arc::clone(mailbox));
+        self.kick.notify_one();
+    }
+}
+
+/// For the listener task alone.
+impl Hub {
+    pub(super) fn take_work(&self) -> Work {
+        lock(&self.state).take_work()
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        lock(&self.state).stopping
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        lock(&self.state).is_idle()
+    }
+
+    pub(super) fn follows_flows(&self) -> bool {
+        !lock(&self.state).flows.is_empty()
+    }
+
+    /// Nobody listens: the task may end, and the next LISTEN starts another.
+    pub(super) fn retire(&self) -> bool {
+        let mut state = lock(&self.state);
+        let retire = state.stopping || state.is_idle();
+        if retire {
+            state.running = false;
+            state.outbox = Outbox::Off;
+            state.ordinary.clear();
+            state.dirty.clear();
+        }
+        retire
+    }
+
+    pub(super) fn connected(&self, pid: i32) {
+        lock(&self.state).pid = pid;
+    }
+
+    pub(super) fn lost(&self) {
+        let mut state = lock(&self.state);
+        let bereft = state.lost();
+        let cut = state.evict_all(&bereft, CutReason::ListenerLost);
+        self.common.metrics.cuts_lost.add(cut);
+    }
+
+    /// The outbox cannot be read any more: nobody may be left waiting for it in silence.
+    pub(super) fn outbox_lost(&self, error: &EventsError) {
+        let mut state = lock(&self.state);
+        state.outbox = Outbox::Off;
+        state.refuse_outbox_waiters(error);
+        let bereft: Vec<Arc<Mailbox>> = state.pgflow_members().map(|(_, mailbox)| Arc::clone(mailbox)).collect();
+        let cut = state.evict_all(&bereft, CutReason::ListenerLost);
+        self.common.metrics.cuts_lost.add(cut);
+    }
+
+    pub(super) fn fail_waiters(&self, error: &EventsError) {
+        lock(&self.state).fail_waiters(error);
+    }
+
+    pub(super) fn listened(&self, channels: &[String]) {
+        lock(&self.state).listened(channels);
+    }
+
+    pub(super) fn take_forget_cursor(&self) -> bool {
+        std::mem::take(&mut lock(&self.state).forget_cursor)
+    }
+
+    pub(super) fn outbox_on(&self) {
+        lock(&self.state).outbox_on();
+    }
+
+    pub(super) fn outbox_missing(&self) {
+        lock(&self.state).make_ordinary();
+    }
+
+    pub(super) fn distrust(&self, last_event_id: i64) {
+        let state = lock(&self.state);
+        for (stream, mailbox) in state.pgflow_members() {
+            if mailbox.lock().distrust(*stream, last_event_id, state.pid) == Offered::Gap {
+                self.common.metrics.gaps.inc();
+            }
+        }
+    }
+
+    pub(super) fn dispatch_ordinary(&self, pid: i32, channel: &str, payload: &str) {
+        let mut state = lock(&self.state);
+        let Some(ordinary) = state.ordinary.get(channel) else { return };
+        let frame = notification(pid, channel, payload);
+        let mut queued = 0;
+        let mut slow = Vec::new();
+        for (stream, mailbox) in &ordinary.members {
+            match mailbox.lock().offer_ordinary(*stream, &frame) {
+                Offered::Queued => queued += 1,
+                Offered::Cut => slow.push(Arc::clone(mailbox)),
+                Offered::Skipped | Offered::Gap => {}
+            }
+        }
+        self.common.metrics.deliveries.add(queued);
+        self.common.metrics.cuts_slow.add(slow.len() as u64);
+        state.evict_all(&slow, CutReason::TooSlow);
+    }
+
+    pub(super) fn dispatch_event(&self, event: &Event) {
+        let state = lock(&self.state);
+        let mut frames = Frames::new(event, state.pid);
+        let run = state.runs.get(&event.topic).into_iter().flatten();
+        let flow = event.flow.as_ref().and_then(|slug| state.flows.get(slug)).into_iter().flatten();
+        // Other topics are between their senders and those who know them.
+        let all = event.topic.starts_with("pgflow:").then_some(&state.all).into_iter().flatten();
+        let (mut queued, mut gaps) = (0, 0);
+        for (stream, mailbox) in run.chain(flow).chain(all) {
+            match mailbox.lock().offer_event(*stream, &mut frames) {
+                Offered::Queued => queued += 1,
+                Offered::Gap => gaps += 1,
+                Offered::Skipped | Offered::Cut => {}
+            }
+        }
+        self.common.metrics.deliveries.add(queued);
+        self.common.metrics.gaps.add(gaps);
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        lock(&self.state).pid
+    }
+
+    /// What there was to replay at once is queued.
+    pub(super) fn paged(&self, stream: StreamId, mailbox: &Arc<Mailbox>) {
+        let mut state = lock(&self.state);
+        if let Some((waiter, _)) = state.page_waiters.remove(&stream) {
+            answer(waiter, Ok(()));
+        }
+        if mailbox.lock().ask_pages() {
+            state.hungry.push_back(Arc::clone(mailbox));
+        }
+    }
+}
+
+/// One client's inbox: any number of channels, one bounded queue. Dropping it unlistens.
+pub(crate) struct Subscriber {
+    hub: Arc<Hub>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Subscriber {
+    /// Resolves once the subscription is in force: whatever is committed from then on will be delivered, or its absence
+    /// announced. An error, and dropping the future, leave things as they were.
+    pub(crate) async fn listen(&self, channel: &str) -> Result<(), EventsError> {
+        match self.hub.subscribe(&self.mailbox, channel)? {
+            Subscribed::InForce => Ok(()),
+            Subscribed::Wait { stream, listened, answer } => {
+                let stream = (listened == Listened::Anew).then_some(stream);
+                let mut undo = Undo { subscriber: self, stream };
+                let wait = self.hub.common.connect_timeout;
+                match tokio::time::timeout(wait, answer).await {
+                    Ok(Ok(result)) => result?,
+                    Ok(Err(_closed)) => return Err(EventsError::Cut),
+                    Err(_elapsed) => return Err(EventsError::Timeout(wait)),
+                }
+                undo.stream = None;
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn unlisten(&self, channel: &str) {
+        let spelling = match Channel::parse(channel) {
+            Channel::Run { .. } => channel.split_once('@').map_or(channel, |(channel, _)| channel),
+            Channel::Flow(_) | Channel::All => channel,
+            Channel::Ordinary(_) => as_postgres_cuts_it(channel),
+        };
+        let stream = self.mailbox.lock().find(spelling);
+        if let Some(stream) = stream {
+            self.hub.unsubscribe(&self.mailbox, stream);
+        }
+    }
+
+    pub(crate) fn unlisten_all(&self) {
+        let streams = self.mailbox.lock().stream_ids();
+        for stream in streams {
+            self.hub.unsubscribe(&self.mailbox, stream);
+        }
+    }
+
+    pub(crate) fn channels(&self) -> Vec<String> {
+        self.mailbox.lock().channels()
+    }
+
+    /// Cancel-safe. After a `Cut` nothing but that `Cut` comes.
+    pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Delivery> {
+        let mut inbox = self.mailbox.lock();
+        let popped = inbox.pop();
+        if popped.delivery.is_none() {
+            inbox.wait(cx.waker());
+        }
+        drop(inbox);
+        if popped.ask_pages {
+            self.hub.hungry(&self.mailbox);
+        }
+        popped.delivery.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    pub(crate) fn try_next(&self) -> Option<Delivery> {
+        let popped = self.mailbox.lock().pop();
+        if popped.ask_pages {
+            self.hub.hungry(&self.mailbox);
+        }
+        popped.delivery
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        self.unlisten_all();
+    }
+}
+
+/// Takes a subscription back unless told that it is in force.
+struct Undo<'a> {
+    subscriber: &'a Subscriber,
+    stream: Option<StreamId>,
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if let Some(stream) = self.stream {
+            self.subscriber.hub.unsubscribe(&self.subscriber.mailbox, stream);
+        }
+    }
+}

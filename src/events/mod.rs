@@ -1,0 +1,71 @@
+//! Live events: one listener connection a database upstream, fanned out to any number of subscribers.
+//!
+//! Two kinds of channels. An *ordinary* one is `LISTEN`ed upstream once and its notifications are copied. A *pgflow* one
+//! (a run, a flow, all) is fed from the outbox table `flowgate.event`: a wake-up says that something was committed, and
+//! one statement reads whatever the last read could not see yet, so that neither commit order nor a lost wake-up nor a
+//! broken connection loses an event.
+//!
+//! Never waits for a reader and never decodes a payload. `client/session` subscribes; `app` builds the `Hubs`.
+
+mod hub;
+mod subscription;
+mod upstream;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use hub::{Hub, Hubs, Subscriber};
+pub(crate) use subscription::{CutReason, Delivery};
+
+use crate::metrics::{Counter, Registry};
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum EventsError {
+    /// The client's: as Postgres says it.
+    #[error("channel name cannot be empty")]
+    EmptyChannel,
+    #[error("more than {limit} channels in one session")]
+    TooManyChannels { limit: usize },
+    /// The session was cut; it hears no more.
+    #[error("the subscription was cut")]
+    Cut,
+    #[error("the upstream listener was not ready within {0:?}")]
+    Timeout(Duration),
+    #[error("upstream refused: {0}")]
+    Upstream(String),
+    #[error("shutting down")]
+    Stopping,
+}
+
+/// What the hubs count, all databases together.
+pub(crate) struct EventMetrics {
+    pub(crate) deliveries: Arc<Counter>,
+    pub(crate) cuts_slow: Arc<Counter>,
+    pub(crate) cuts_lost: Arc<Counter>,
+    pub(crate) gaps: Arc<Counter>,
+    pub(crate) wakeups: Arc<Counter>,
+    pub(crate) outbox_reads: Arc<Counter>,
+    pub(crate) outbox_rows: Arc<Counter>,
+    pub(crate) replay_reads: Arc<Counter>,
+    pub(crate) reconnects: Arc<Counter>,
+}
+
+impl EventMetrics {
+    pub(crate) fn register(registry: &Registry) -> Self {
+        let counter = |name, help| registry.counter(name, help, &[]);
+        let cut = |reason| {
+            registry.counter("flowgate_event_cuts_total", "Subscribers cut, by reason.", &[("reason", reason)])
+        };
+        Self {
+            deliveries: counter("flowgate_event_deliveries_total", "Events queued for a subscriber."),
+            cuts_slow: cut("too_slow"),
+            cuts_lost: cut("listener_lost"),
+            gaps: counter("flowgate_event_gaps_total", "Gap markers queued for a subscriber."),
+            wakeups: counter("flowgate_event_wakeups_total", "Wake-ups from the outbox."),
+            outbox_reads: counter("flowgate_event_outbox_reads_total", "Reads of what the outbox has new."),
+            outbox_rows: counter("flowgate_event_outbox_rows_total", "Events read from the outbox."),
+            replay_reads: counter("flowgate_event_replay_reads_total", "Pages read to replay one run."),
+            reconnects: counter("flowgate_event_listener_lost_total", "Upstream listener connections lost."),
+        }
+    }
+}

@@ -1,0 +1,598 @@
+//! One subscriber's inbox: its channels, one bounded queue of encoded frames, and what is owed to a reader that fell
+//! behind. Synchronous and pure: no I/O, no clock. `hub.rs` keeps it inside a lock and fills it.
+//!
+//! Why not hold live events while a run is replayed: a run's events carry a gap-free `seq`, so a stream that is catching
+//! up drops live ones and goes on paging the outbox until a page comes back short. That read happened after the last live
+//! read, so every event the next live read brings is either new or recognised by its `seq`. The same road takes a reader
+//! back that was too slow, so what it missed waits in Postgres and not in our memory.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::task::Waker;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// Rows of one replay page; the inbox may take fewer.
+pub(super) const PAGE_ROWS: usize = 256;
+
+/// What a subscriber gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// A whole NotificationResponse.
+    Frame(Bytes),
+    /// The last delivery. The session must end (57P01): it can no longer be told what it asked to hear.
+    Cut(CutReason),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CutReason {
+    /// The upstream listener broke, and ordinary notifications may have been lost.
+    ListenerLost,
+    /// The reader's queue overflowed with ordinary notifications.
+    TooSlow,
+    ShuttingDown,
+}
+
+/// One LISTEN of one subscriber; never used twice.
+pub(super) type StreamId = u64;
+
+/// An event of the outbox, its payload already as subscribers see it.
+#[derive(Debug)]
+pub(super) struct Event {
+    pub(super) id: i64,
+    pub(super) topic: String,
+    pub(super) seq: Option<i64>,
+    pub(super) flow: Option<String>,
+    pub(super) payload: String,
+}
+
+/// The frames of one event: encoded once per channel spelling, shared by all that spell it so.
+pub(super) struct Frames<'a> {
+    pub(super) event: &'a Event,
+    pid: i32,
+    made: Vec<(Arc<str>, Bytes)>,
+}
+
+impl<'a> Frames<'a> {
+    pub(super) fn new(event: &'a Event, pid: i32) -> Self {
+        Self { event, pid, made: Vec::new() }
+    }
+
+    fn spelled(&mut self, channel: &Arc<str>) -> Bytes {
+        if let Some((_, frame)) = self.made.iter().find(|(spelling, _)| spelling == channel) {
+            return frame.clone();
+        }
+        let frame = notification(self.pid, channel, &self.event.payload);
+        self.made.push((Arc::clone(channel), frame.clone()));
+        frame
+    }
+}
+
+/// NotificationResponse (protocol-message-formats.html).
+pub(super) fn notification(pid: i32, channel: &str, payload: &str) -> Bytes {
+    let length = 4 + 4 + channel.len() + 1 + payload.len() + 1;
+    let mut frame = BytesMut::with_capacity(1 + length);
+    frame.put_u8(b'A');
+    frame.put_u32(u32::try_from(length).expect("Postgres carries no value above 1 GB"));
+    frame.put_i32(pid);
+    frame.put_slice(channel.as_bytes());
+    frame.put_u8(0);
+    frame.put_slice(payload.as_bytes());
+    frame.put_u8(0);
+    frame.freeze()
+}
+
+/// What a stream hears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// The channel as Postgres knows it.
+    Ordinary(String),
+    /// The run's topic in the outbox and, for the gap marker, its id.
+    Run { topic: String, run_id: String },
+    Flow(String),
+    All,
+}
+
+#[derive(Debug)]
+struct Stream {
+    spelling: Arc<str>,
+    target: Target,
+    /// Of a run: the last `seq` queued. Of a flow or all: unused.
+    last_seq: Option<i64>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Live,
+    /// Of a run: `seq > last_seq` comes from the outbox, page by page.
+    Paging(Paging),
+    /// Of a flow or all: a marker for these ids stands at the end of what is queued; until it is read, all else adds to it.
+    Gap { from: i64, to: Option<i64>, pid: i32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Paging {
+    /// Nothing read yet: the first page looks for a gap.
+    First(Why),
+    All,
+    /// Between these, only the latest event of each step and of the run.
+    Latest { from: i64, to: i64 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    Asked,
+    FellBehind,
+}
+
+/// What to read next for a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Page {
+    pub(super) stream: StreamId,
+    pub(super) topic: String,
+    pub(super) after: i64,
+    /// `Some`: compacted, within these.
+    pub(super) latest: Option<(i64, i64)>,
+    /// The caller must say what the outbox has (`first_page`) and ask again before it reads rows.
+    pub(super) first: bool,
+}
+
+/// What came of one offered frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Offered {
+    Queued,
+    /// Already had, or to be read from the outbox later.
+    Skipped,
+    /// A gap marker was queued in its place.
+    Gap,
+    /// The reader is too slow and has been cut.
+    Cut,
+}
+
+/// What came of one row of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fed {
+    Queued,
+    /// Stop the page here; the rest comes once there is room.
+    Full,
+    /// Unlistened meanwhile.
+    Gone,
+}
+
+/// How many frames and bytes may wait. A single frame always may.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    pub(super) frames: usize,
+    pub(super) bytes: usize,
+}
+
+#[derive(Debug)]
+struct Item {
+    stream: StreamId,
+    /// `None`: this stream's gap marker.
+    frame: Option<Bytes>,
+}
+
+#[derive(Debug)]
+pub(super) struct Inbox {
+    bounds: Bounds,
+    queue: VecDeque<Item>,
+    bytes: usize,
+    streams: HashMap<StreamId, Stream>,
+    spellings: HashMap<Arc<str>, StreamId>,
+    /// Streams in `Phase::Paging`.
+    paging: usize,
+    /// The hub knows that this inbox wants pages.
+    asked: bool,
+    cut: Option<CutReason>,
+    waker: Option<Waker>,
+}
+
+/// What `pop` found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Popped {
+    pub(super) delivery: Option<Delivery>,
+    /// Tell the hub: there is room for a page again.
+    pub(super) ask_pages: bool,
+}
+
+impl Inbox {
+    pub(super) fn new(bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            queue: VecDeque::new(),
+            bytes: 0,
+            streams: HashMap::new(),
+            spellings: HashMap::new(),
+            paging: 0,
+            asked: false,
+            cut: None,
+            waker: None,
+        }
+    }
+
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.is_some()
+    }
+
+    pub(super) fn find(&self, spelling: &str) -> Option<StreamId> {
+        self.spellings.get(spelling).copied()
+    }
+
+    pub(super) fn spelling(&self, stream: StreamId) -> Option<Arc<str>> {
+        self.streams.get(&stream).map(|stream| Arc::clone(&stream.spelling))
+    }
+
+    pub(super) fn channels(&self) -> Vec<String> {
+        let mut channels: Vec<String> = self.spellings.keys().map(|spelling| spelling.to_string()).collect();
+        channels.sort_unstable();
+        channels
+    }
+
+    pub(super) fn channel_count(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// `after`: replay what follows this `seq` first.
+    pub(super) fn add(&mut self, id: StreamId, spelling: &str, target: Target, after: Option<i64>) {
+        let spelling: Arc<str> = spelling.into();
+        let phase = match after {
+            None => Phase::Live,
+            Some(_) => {
+                self.paging += 1;
+                Phase::Paging(Paging::First(Why::Asked))
+            }
+        };
+        self.spellings.insert(Arc::clone(&spelling), id);
+        self.streams.insert(id, Stream { spelling, target, last_seq: after, phase });
+    }
+
+    /// Also forgets what is queued for it: after UNLISTEN nothing of the channel may arrive.
+    pub(super) fn remove(&mut self, id: StreamId) -> Option<Target> {
+        let stream = self.streams.remove(&id)?;
+        self.spellings.remove(&stream.spelling);
+        if matches!(stream.phase, Phase::Paging(_)) {
+            self.paging -= 1;
+        }
+        let bytes = &mut self.bytes;
+        self.queue.retain(|item| {
+            let keep = item.stream != id;
+            if !keep {
+                *bytes -= item.frame.as_ref().map_or(0, Bytes::len);
+            }
+            keep
+        });
+        Some(stream.target)
+    }
+
+    pub(super) fn target(&self, id: StreamId) -> Option<Target> {
+        self.streams.get(&id).map(|stream| stream.target.clone())
+    }
+
+    /// Listened to already, and once more with a `seq`: what follows it comes again. `false`: not a run's.
+    pub(super) fn replay(&mut self, id: StreamId, after: i64) -> bool {
+        let Some(stream) = self.streams.get_mut(&id) else { return false };
+        if !matches!(stream.target, Target::Run { .. }) {
+            return false;
+        }
+        if !matches!(stream.phase, Phase::Paging(_)) {
+            self.paging += 1;
+        }
+        stream.last_seq = Some(after);
+        stream.phase = Phase::Paging(Paging::First(Why::Asked));
+        true
+    }
+
+    pub(super) fn stream_ids(&self) -> Vec<StreamId> {
+        self.streams.keys().copied().collect()
+    }
+
+    /// The outbox does not exist: what was a pgflow channel is an ordinary one.
+    pub(super) fn make_ordinary(&mut self, id: StreamId, channel: &str) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.target = Target::Ordinary(channel.to_owned());
+            if matches!(stream.phase, Phase::Paging(_)) {
+                self.paging -= 1;
+            }
+            stream.phase = Phase::Live;
+        }
+    }
+
+    pub(super) fn offer_ordinary(&mut self, id: StreamId, frame: &Bytes) -> Offered {
+        if self.cut.is_some() || !self.streams.contains_key(&id) {
+            return Offered::Skipped;
+        }
+        if !self.has_room(frame.len()) {
+            // It won't read what waits either: let the memory go now.
+            self.queue.clear();
+            self.bytes = 0;
+            self.cut(CutReason::TooSlow);
+            return Offered::Cut;
+        }
+        self.push(id, frame.clone());
+        Offered::Queued
+    }
+
+    pub(super) fn offer_event(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Offered {
+        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        if self.cut.is_some() {
+            return Offered::Skipped;
+        }
+        let seq = match &stream.target {
+            Target::Run { .. } => frames.event.seq,
+            Target::Flow(_) | Target::All | Target::Ordinary(_) => None,
+        };
+        match &mut stream.phase {
+            Phase::Live => {
+                if seq.is_some() && seq <= stream.last_seq {
+                    return Offered::Skipped;
+                }
+            }
+            // An event without a `seq` is in no page, so it goes live or, with the rest, into the gap.
+            Phase::Paging(_) if seq.is_none() => {}
+            Phase::Paging(_) => return Offered::Skipped,
+            Phase::Gap { to, .. } => {
+                *to = Some(frames.event.id);
+                return Offered::Skipped;
+            }
+        }
+        let frame = frames.spelled(&stream.spelling);
+        if !has_room(&self.bounds, self.queue.len(), self.bytes, frame.len()) {
+            return self.fall_behind(id, frames);
+        }
+        if seq.is_some() {
+            stream.last_seq = seq;
+        }
+        self.push(id, frame);
+        Offered::Queued
+    }
+
+    fn fall_behind(&mut self, id: StreamId, frames: &Frames<'_>) -> Offered {
+        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let event = frames.event;
+        match (&stream.target, event.seq) {
+            (Target::Run { .. }, Some(seq)) => {
+                stream.last_seq = stream.last_seq.or(Some(seq - 1));
+                stream.phase = Phase::Paging(Paging::First(Why::FellBehind));
+                self.paging += 1;
+                Offered::Skipped
+            }
+            // Not part of the run's history, and so in no page: said, not kept.
+            (Target::Run { .. }, None) if matches!(stream.phase, Phase::Paging(_)) => Offered::Skipped,
+            (Target::Run { .. } | Target::Flow(_) | Target::All | Target::Ordinary(_), _) => {
+                stream.phase = Phase::Gap { from: event.id, to: Some(event.id), pid: frames.pid };
+                self.push_marker(id);
+                Offered::Gap
+            }
+        }
+    }
+
+    /// History was rewritten upstream (failover): a run goes back to the outbox, the others are told.
+    pub(super) fn distrust(&mut self, id: StreamId, last_event_id: i64, pid: i32) -> Offered {
+        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        match (&stream.target, &stream.phase) {
+            (Target::Ordinary(_), _) | (_, Phase::Paging(_) | Phase::Gap { .. }) => Offered::Skipped,
+            (Target::Run { .. }, Phase::Live) if stream.last_seq.is_some() => {
+                stream.phase = Phase::Paging(Paging::First(Why::Asked));
+                self.paging += 1;
+                Offered::Skipped
+            }
+            (Target::Run { .. } | Target::Flow(_) | Target::All, Phase::Live) => {
+                stream.phase = Phase::Gap { from: last_event_id.saturating_add(1), to: None, pid };
+                self.push_marker(id);
+                Offered::Gap
+            }
+        }
+    }
+
+    /// The hub has taken note of the wish for pages: these are it. Empty while there is no room.
+    pub(super) fn pages(&mut self) -> Vec<Page> {
+        self.asked = false;
+        if self.cut.is_some() || !self.is_low() {
+            return Vec::new();
+        }
+        self.streams.iter().filter_map(|(&id, stream)| page(id, stream)).collect()
+    }
+
+    /// The same stream's next page, if it has one and there is room.
+    pub(super) fn page(&self, id: StreamId) -> Option<Page> {
+        if self.cut.is_some() || !self.is_low() {
+            return None;
+        }
+        page(id, self.streams.get(&id)?)
+    }
+
+    /// `seqs`: the first and last the outbox has of the run. Queues the gap marker, if there is a gap.
+    pub(super) fn first_page(&mut self, id: StreamId, seqs: Option<(i64, i64)>, pid: i32) -> Offered {
+        let room = self.bounds.frames.saturating_sub(self.queue.len() + 1);
+        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let (Phase::Paging(Paging::First(why)), Target::Run { run_id, .. }) = (&stream.phase, &stream.target) else {
+            return Offered::Skipped;
+        };
+        let after = stream.last_seq.unwrap_or(0);
+        let (gap, next, last_seq) = match seqs {
+            // Pruned to nothing, or nothing yet: only a reader that has seen some knows which.
+            None if after > 0 => (Some((after + 1, None)), Paging::All, None),
+            None => (None, Paging::All, None),
+            // A cursor from a history that is no more.
+            Some((_, last)) if after > last => (Some((last + 1, Some(after))), Paging::All, Some(last)),
+            Some((first, _)) if first > after + 1 => {
+                (Some((after + 1, Some(first - 1))), Paging::All, Some(first - 1))
+            }
+            Some((_, last)) if *why == Why::FellBehind && last - after > i64::try_from(room).unwrap_or(i64::MAX) => {
+                let (from, to) = (after + 1, last);
+                (Some((from, Some(to))), Paging::Latest { from, to }, Some(after))
+            }
+            Some(_) => (None, Paging::All, Some(after)),
+        };
+        let marker = gap.map(|(from, to)| {
+            notification(pid, &stream.spelling, &gap_payload("run_id", Some(run_id), &Bound::Seq(from), to.map(Bound::Seq).as_ref()))
+        });
+        // Without any row the stream is live from its next event on, whatever its number.
+        stream.last_seq = last_seq;
+        match seqs {
+            None => {
+                stream.phase = Phase::Live;
+                self.paging -= 1;
+            }
+            Some(_) => stream.phase = Phase::Paging(next),
+        }
+        match marker {
+            // Beyond the bound if need be: one a stream and page round, never more.
+            Some(frame) => {
+                self.push(id, frame);
+                Offered::Gap
+            }
+            None => Offered::Skipped,
+        }
+    }
+
+    pub(super) fn page_row(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Fed {
+        let Some(stream) = self.streams.get_mut(&id) else { return Fed::Gone };
+        if self.cut.is_some() || !matches!(stream.phase, Phase::Paging(_)) {
+            return Fed::Gone;
+        }
+        let frame = frames.spelled(&stream.spelling);
+        if !has_room(&self.bounds, self.queue.len(), self.bytes, frame.len()) {
+            return Fed::Full;
+        }
+        stream.last_seq = frames.event.seq;
+        self.push(id, frame);
+        Fed::Queued
+    }
+
+    /// The page came back short: nothing follows that a live read will not bring.
+    pub(super) fn page_end(&mut self, id: StreamId) {
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        match stream.phase {
+            Phase::Paging(Paging::All) => {
+                stream.phase = Phase::Live;
+                self.paging -= 1;
+            }
+            // What was committed since the marker was made is not compacted.
+            Phase::Paging(Paging::Latest { to, .. }) => {
+                stream.last_seq = Some(to);
+                stream.phase = Phase::Paging(Paging::All);
+            }
+            Phase::Paging(Paging::First(_)) | Phase::Live | Phase::Gap { .. } => {}
+        }
+    }
+
+    pub(super) fn pop(&mut self) -> Popped {
+        let delivery = loop {
+            let Some(item) = self.queue.pop_front() else { break self.cut.map(Delivery::Cut) };
+            match item.frame {
+                Some(frame) => {
+                    self.bytes -= frame.len();
+                    break Some(Delivery::Frame(frame));
+                }
+                None => {
+                    if let Some(frame) = self.streams.get_mut(&item.stream).and_then(read_marker) {
+                        break Some(Delivery::Frame(frame));
+                    }
+                }
+            }
+        };
+        let ask_pages = self.wants_pages();
+        self.asked |= ask_pages;
+        Popped { delivery, ask_pages }
+    }
+
+    /// Something is owed from the outbox, there is room, and the hub does not know yet.
+    fn wants_pages(&self) -> bool {
+        self.paging > 0 && !self.asked && self.cut.is_none() && self.is_low()
+    }
+
+    /// Like `pop`'s `ask_pages`, for those who made it so by other means.
+    pub(super) fn ask_pages(&mut self) -> bool {
+        let ask = self.wants_pages();
+        self.asked |= ask;
+        ask
+    }
+
+    /// A new connection: what was asked of the last one was not answered.
+    pub(super) fn ask_pages_anew(&mut self) -> bool {
+        self.asked = false;
+        self.ask_pages()
+    }
+
+    pub(super) fn cut(&mut self, reason: CutReason) {
+        self.cut.get_or_insert(reason);
+        self.wake();
+    }
+
+    pub(super) fn wait(&mut self, waker: &Waker) {
+        match &mut self.waker {
+            Some(known) => known.clone_from(waker),
+            None => self.waker = Some(waker.clone()),
+        }
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn push(&mut self, stream: StreamId, frame: Bytes) {
+        self.bytes += frame.len();
+        self.queue.push_back(Item { stream, frame: Some(frame) });
+        self.wake();
+    }
+
+    fn push_marker(&mut self, stream: StreamId) {
+        self.queue.push_back(Item { stream, frame: None });
+        self.wake();
+    }
+
+    fn has_room(&self, frame: usize) -> bool {
+        has_room(&self.bounds, self.queue.len(), self.bytes, frame)
+    }
+
+    /// Half empty: worth a page.
+    fn is_low(&self) -> bool {
+        self.queue.len() <= self.bounds.frames / 2 && self.bytes <= self.bounds.bytes / 2
+    }
+}
+
+fn has_room(bounds: &Bounds, frames: usize, bytes: usize, frame: usize) -> bool {
+    frames == 0 || (frames < bounds.frames && bytes + frame <= bounds.bytes)
+}
+
+fn page(id: StreamId, stream: &Stream) -> Option<Page> {
+    let (Phase::Paging(paging), Target::Run { topic, .. }) = (&stream.phase, &stream.target) else { return None };
+    let (latest, first) = match *paging {
+        Paging::First(_) => (None, true),
+        Paging::All => (None, false),
+        Paging::Latest { from, to } => (Some((from, to)), false),
+    };
+    Some(Page { stream: id, topic: topic.clone(), after: stream.last_seq.unwrap_or(0), latest, first })
+}
+
+/// The marker is being read: from here on the stream is live again.
+fn read_marker(stream: &mut Stream) -> Option<Bytes> {
+    let Phase::Gap { from, to, pid } = stream.phase else { return None };
+    stream.phase = Phase::Live;
+    let (key, name) = match &stream.target {
+        Target::Run { run_id, .. } => ("run_id", Some(run_id.as_str())),
+        Target::Flow(slug) => ("flow_slug", Some(slug.as_str())),
+        Target::All | Target::Ordinary(_) => ("run_id", None),
+    };
+    let payload = gap_payload(key, name, &Bound::Cursor(from), to.map(Bound::Cursor).as_ref());
+    Some(notification(pid, &stream.spelling, &payload))
+}
+
+enum Bound {
+    Seq(i64),
+    Cursor(i64),
+}
+
+/// A run's gap is in its `seq`s (numbers), any other in cursors (strings). `to` null: nobody can say.
+fn gap_payload(key: &str, name: Option<&str>, from: &Bound, to: Option<&Bound>) -> String {
+    let bound = |bound: &Bound| match bound {
+        Bound::Seq(seq) => serde_json::Value::from(*seq),
+        Bound::Cursor(id) => serde_json::Value::from(id.to_string()),
+    };
+    serde_json::json!({"event_type": "gap", key: name, "from": bound(from), "to": to.map(bound)}).to_string()
+}

@@ -1,0 +1,513 @@
+//! The listener task of one hub: one connection, its LISTENs, the reading of the outbox, and reconnecting. Decides nothing
+//! about subscribers (`hub.rs`) and is started by it, on the control runtime.
+//!
+//! **The cursor is a snapshot.** A row of `flowgate.event` carries the id of the transaction that wrote it. One statement
+//! returns `pg_current_snapshot()` and every row whose transaction was not visible in the snapshot of the statement
+//! before; both come from the statement's own MVCC snapshot, so a row is in exactly one such read, in whatever order
+//! transactions commit. "Not visible in S" is spelled `xid >= xmax(S) or xid = any(xip(S))`, which is the same thing as
+//! `not pg_visible_in_snapshot(xid, S)` and an index can answer it however old the oldest open transaction is.
+//!
+//! Why not `id > last`: ids are given out before commit, so a slow transaction's row would be passed over. It is added
+//! when a lost connection is resumed: a crash may hand out again transaction ids that had been used and never reached
+//! the disk, and rows under those would look old.
+//!
+//! Rows are read one at a time off the socket (Postgres waits while we are slow), so a page needs no limit and no second
+//! snapshot.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Duration;
+
+use futures_core::Stream;
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
+use tracing::{debug, info, warn};
+
+use crate::upstream::{ControlConnection, DialError, dial};
+
+use super::EventsError;
+use super::hub::{Hub, Mailbox, OutboxWork, WAKE_CHANNEL, Work};
+use super::subscription::{Event, Fed, Frames, Offered, PAGE_ROWS, Page};
+
+const APPLICATION: &str = "flowgate events";
+/// After the last subscriber left.
+const LINGER: Duration = Duration::from_secs(30);
+/// A listener that hears nothing must find out that it is cut off.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// For one answer (or one more row) of an upstream that is thought alive.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// Channels in one LISTEN statement list.
+const LISTEN_BATCH: usize = 500;
+
+/// Index scans whatever the statistics say: the outbox's tail is tiny, and a plan made while it was empty is not.
+const SETTINGS: &str = "set search_path = ''; set enable_seqscan = off; set jit = off; set statement_timeout = 0; \
+                        set default_transaction_isolation = 'read committed'; set standard_conforming_strings = on";
+
+/// Runs until nobody has listened for a while, or shutdown.
+pub(super) async fn run(hub: Arc<Hub>) {
+    let mut cursor = None;
+    let mut backoff = BACKOFF_MIN;
+    let mut failing = false;
+    loop {
+        let url = hub.common.control.with_database(&hub.database);
+        let error = match dial(&url, APPLICATION, hub.common.connect_timeout).await {
+            Ok((client, connection)) => {
+                let dialled = Instant::now();
+                let ended = Session::serve(&hub, client, connection, &mut cursor, &mut failing).await;
+                hub.lost();
+                if dialled.elapsed() > BACKOFF_MAX {
+                    backoff = BACKOFF_MIN;
+                }
+                ended.err()
+            }
+            Err(error) => {
+                if error.is_final() {
+                    hub.fail_waiters(&EventsError::Upstream(error.to_string()));
+                }
+                Some(SessionError::Dial(error))
+            }
+        };
+        if hub.retire() {
+            return;
+        }
+        if let Some(error) = error {
+            hub.common.metrics.reconnects.inc();
+            // Once a failure, not once a try.
+            if !std::mem::replace(&mut failing, true) {
+                warn!(database = hub.database, %error, "event listener lost");
+            } else {
+                debug!(database = hub.database, %error, "event listener still lost");
+            }
+            sleep(backoff).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error(transparent)]
+    Dial(DialError),
+    #[error(transparent)]
+    Postgres(#[from] tokio_postgres::Error),
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("connection closed")]
+    Closed,
+    #[error("unexpected answer to {0}")]
+    Answer(&'static str),
+}
+
+/// What has been read of the outbox.
+#[derive(Debug)]
+struct Cursor {
+    seen: Snapshot,
+    /// The highest id ever read, or there before we began.
+    last_id: i64,
+    timeline: String,
+    /// Of a read that broke off: already handed out.
+    partial: HashSet<i64>,
+}
+
+/// The text of a `pg_snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Snapshot {
+    xmax: u64,
+    /// In progress, below `xmax`; as written, it goes back into SQL.
+    xip: String,
+}
+
+impl Snapshot {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':');
+        let (_xmin, xmax, xip) = (parts.next()?, parts.next()?.parse().ok()?, parts.next()?);
+        let numbers = xip.is_empty() || xip.split(',').all(|xid| xid.parse::<u64>().is_ok());
+        (numbers && parts.next().is_none()).then(|| Self { xmax, xip: xip.to_owned() })
+    }
+
+    /// The rows a transaction wrote that was not visible.
+    fn unseen(&self) -> String {
+        let mut sql = format!("e.xid >= '{}'::xid8", self.xmax);
+        if !self.xip.is_empty() {
+            write!(sql, " or e.xid = any('{{{}}}'::xid8[])", self.xip).expect("a String takes all");
+        }
+        sql
+    }
+}
+
+struct Session<'a> {
+    hub: &'a Arc<Hub>,
+    client: Client,
+    cursor: &'a mut Option<Cursor>,
+    /// Runs can be told to their flow only where pgflow is.
+    has_runs: bool,
+}
+
+/// Aborts the connection when the session ends, whatever way.
+struct Driver(tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<'a> Session<'a> {
+    /// `Ok`: nobody listens any more.
+    async fn serve(
+        hub: &'a Arc<Hub>,
+        client: Client,
+        connection: ControlConnection,
+        cursor: &'a mut Option<Cursor>,
+        failing: &mut bool,
+    ) -> Result<(), SessionError> {
+        let mut driver = Driver(tokio::spawn(drive(connection, Arc::clone(hub))));
+        let mut session = Self { hub, client, cursor, has_runs: false };
+        session.execute(SETTINGS).await?;
+        let pid = session.one_row("select pg_backend_pid()").await?;
+        hub.connected(number(&pid, 0).ok_or(SessionError::Answer("pg_backend_pid"))?);
+        if std::mem::take(failing) {
+            info!(database = hub.database, "event listener back");
+        }
+        let now = Instant::now();
+        let mut probe = interval_at(now + hub.common.settings.probe, hub.common.settings.probe);
+        probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heartbeat = interval_at(now + HEARTBEAT, HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut idle_since = None;
+        loop {
+            session.work().await?;
+            if hub.is_stopping() {
+                return Ok(());
+            }
+            match (hub.is_idle(), idle_since) {
+                (true, None) => idle_since = Some(Instant::now()),
+                (false, _) => idle_since = None,
+                (true, Some(_)) => {}
+            }
+            let linger = idle_since.map_or(now, |since| since + LINGER);
+            tokio::select! {
+                ended = &mut driver.0 => {
+                    return Err(ended.ok().and_then(Result::err).map_or(SessionError::Closed, SessionError::Postgres));
+                }
+                () = hub.kick.notified() => {}
+                _ = probe.tick(), if session.cursor.is_some() => hub.probe(),
+                _ = heartbeat.tick() => session.execute("").await?,
+                () = sleep_until(linger), if idle_since.is_some() => return Ok(()),
+            }
+        }
+    }
+
+    async fn work(&mut self) -> Result<(), SessionError> {
+        loop {
+            let work = self.hub.take_work();
+            if work.is_empty() {
+                return Ok(());
+            }
+            self.listen(&work).await?;
+            match work.outbox {
+                OutboxWork::Nothing => {}
+                OutboxWork::Start => self.or_without_outbox(Step::Start).await?,
+                OutboxWork::Read => self.or_without_outbox(Step::Read).await?,
+                OutboxWork::Stop => *self.cursor = None,
+            }
+            for mailbox in &work.hungry {
+                self.feed(mailbox).await?;
+            }
+        }
+    }
+
+    async fn listen(&self, work: &Work) -> Result<(), SessionError> {
+        for channels in work.unlisten.chunks(LISTEN_BATCH) {
+            // Ours as well, and the outbox may be read from.
+            let sql = statements("unlisten", channels.iter().filter(|channel| *channel != WAKE_CHANNEL));
+            self.execute(&sql).await?;
+        }
+        for channels in work.listen.chunks(LISTEN_BATCH) {
+            match self.execute(&statements("listen", channels.iter())).await {
+                Ok(()) => self.hub.listened(channels),
+                Err(error) => {
+                    self.hub.fail_waiters(&EventsError::Upstream(error.to_string()));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// An outbox that was dropped or forbidden is final for those who follow it, and no reason to cut the others.
+    async fn or_without_outbox(&mut self, step: Step) -> Result<(), SessionError> {
+        let done = match step {
+            Step::Start => self.start_outbox().await,
+            Step::Read => self.read_outbox(Since::LastRead).await,
+        };
+        match done {
+            Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => {
+                warn!(database = self.hub.database, %error, "outbox cannot be read");
+                *self.cursor = None;
+                self.hub.outbox_lost(&EventsError::Upstream(error.to_string()));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    async fn start_outbox(&mut self) -> Result<(), SessionError> {
+        if self.hub.take_forget_cursor() {
+            *self.cursor = None;
+        }
+        // Before the snapshot: what is committed after the snapshot must wake us.
+        self.execute(&statements("listen", [WAKE_CHANNEL.to_owned()].iter())).await?;
+        let found = self
+            .one_row(
+                "select to_regclass('flowgate.event') is not null, to_regclass('pgflow.runs') is not null, \
+                 substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)",
+            )
+            .await?;
+        if found.get(0) != Some("t") {
+            *self.cursor = None;
+            self.hub.outbox_missing();
+            return Ok(());
+        }
+        self.has_runs = found.get(1) == Some("t");
+        let timeline = found.get(2).unwrap_or_default().to_owned();
+        let new = self.new_cursor(timeline).await?;
+        match self.cursor.as_ref() {
+            None => *self.cursor = Some(new),
+            Some(old) if new.timeline == old.timeline && new.seen.xmax >= old.seen.xmax => {
+                self.read_outbox(Since::Lost).await?;
+            }
+            Some(old) => {
+                let (from, to) = (&old.timeline, &new.timeline);
+                warn!(database = self.hub.database, from, to, "history was rewritten, replaying by seq");
+                self.hub.distrust(old.last_id);
+                *self.cursor = Some(new);
+            }
+        }
+        self.hub.outbox_on();
+        Ok(())
+    }
+
+    async fn new_cursor(&self, timeline: String) -> Result<Cursor, SessionError> {
+        let row =
+            self.one_row("select pg_current_snapshot()::text, coalesce(max(e.id), 0)::text from flowgate.event e").await?;
+        let seen = row.get(0).and_then(Snapshot::parse).ok_or(SessionError::Answer("pg_current_snapshot"))?;
+        let last_id = number(&row, 1).ok_or(SessionError::Answer("max(id)"))?;
+        Ok(Cursor { seen, last_id, timeline, partial: HashSet::new() })
+    }
+
+    async fn read_outbox(&mut self, since: Since) -> Result<(), SessionError> {
+        let Some(cursor) = self.cursor.as_mut() else { return Ok(()) };
+        let mut unseen = cursor.seen.unseen();
+        match since {
+            Since::LastRead => {}
+            Since::Lost => write!(unseen, " or e.id > {}", cursor.last_id).expect("a String takes all"),
+        }
+        let (flow, runs) = if self.has_runs && self.hub.follows_flows() {
+            (
+                "coalesce(e.payload->>'flow_slug', r.flow_slug)",
+                "left join pgflow.runs r on r.run_id = case when e.topic ~ '^pgflow:run:[0-9a-f-]{36}$' \
+                 then substr(e.topic, 12)::uuid end",
+            )
+        } else {
+            ("e.payload->>'flow_slug'", "")
+        };
+        let sql = format!(
+            "select s.now, e.id, e.topic, e.seq, e.flow, e.payload \
+             from (select pg_current_snapshot()::text as now) s left join \
+             (select e.id, e.topic, e.seq, {flow} as flow, e.payload::text from flowgate.event e {runs} \
+             where {unseen}) e on true order by e.id"
+        );
+        let metrics = &self.hub.common.metrics;
+        metrics.outbox_reads.inc();
+        let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
+        let mut now = None;
+        while let Some(message) = answered(poll_fn(|cx| Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose()))).await? {
+            let SimpleQueryMessage::Row(row) = message else { continue };
+            if now.is_none() {
+                now = row.get(0).and_then(Snapshot::parse);
+            }
+            let Some(event) = event(&row, 1) else { continue };
+            if cursor.partial.insert(event.id) {
+                metrics.outbox_rows.inc();
+                cursor.last_id = cursor.last_id.max(event.id);
+                self.hub.dispatch_event(&event);
+            }
+        }
+        cursor.seen = now.ok_or(SessionError::Answer("the outbox read"))?;
+        cursor.partial = HashSet::new();
+        Ok(())
+    }
+
+    /// One page for each stream of this reader that is owed one.
+    async fn feed(&self, mailbox: &Arc<Mailbox>) -> Result<(), SessionError> {
+        let pages = mailbox.lock().pages();
+        for mut page in pages {
+            let stream = page.stream;
+            if page.first {
+                self.look_for_gap(mailbox, &page).await?;
+                let Some(next) = mailbox.lock().page(stream) else {
+                    self.hub.paged(stream, mailbox);
+                    continue;
+                };
+                page = next;
+            }
+            self.feed_page(mailbox, &page).await?;
+            self.hub.paged(stream, mailbox);
+        }
+        // Also when none had room after all: whoever reads asks again.
+        if mailbox.lock().ask_pages() {
+            self.hub.hungry(mailbox);
+        }
+        Ok(())
+    }
+
+    async fn look_for_gap(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
+        let topic = literal(&page.topic);
+        let sql = format!("select min(e.seq), max(e.seq) from flowgate.event e where e.topic = {topic} and e.seq is not null");
+        let row = self.one_row(&sql).await?;
+        let seqs = number(&row, 0).zip(number(&row, 1));
+        if mailbox.lock().first_page(page.stream, seqs, self.hub.pid()) == Offered::Gap {
+            self.hub.common.metrics.gaps.inc();
+        }
+        Ok(())
+    }
+
+    async fn feed_page(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
+        let (topic, after) = (literal(&page.topic), page.after);
+        let rows = match page.latest {
+            None => format!("select e.* from flowgate.event e where e.topic = {topic} and e.seq > {after}"),
+            // Steps and the run have a latest state; what tasks did on the way is the gap.
+            Some((from, to)) => format!(
+                "select l.* from (select distinct on (split_part(e.event, ':', 1), e.payload->>'step_slug') e.* \
+                 from flowgate.event e where e.topic = {topic} and e.seq between {from} and {to} \
+                 and (e.event like 'run:%' or e.event like 'step:%') \
+                 order by split_part(e.event, ':', 1), e.payload->>'step_slug', e.seq desc) l where l.seq > {after}"
+            ),
+        };
+        let sql = format!(
+            "select p.id, p.topic, p.seq, null, p.payload::text from ({rows}) p order by p.seq limit {PAGE_ROWS}"
+        );
+        let metrics = &self.hub.common.metrics;
+        metrics.replay_reads.inc();
+        let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
+        let mut count = 0;
+        let mut fed = Fed::Queued;
+        while let Some(message) = answered(poll_fn(|cx| Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose()))).await? {
+            let SimpleQueryMessage::Row(row) = message else { continue };
+            let event = event(&row, 0).ok_or(SessionError::Answer("a replay"))?;
+            count += 1;
+            fed = mailbox.lock().page_row(page.stream, &mut Frames::new(&event, self.hub.pid()));
+            match fed {
+                Fed::Queued => metrics.deliveries.inc(),
+                // The rest is read off the socket and dropped by the connection.
+                Fed::Full | Fed::Gone => break,
+            }
+        }
+        if fed == Fed::Queued && count < PAGE_ROWS {
+            mailbox.lock().page_end(page.stream);
+        }
+        Ok(())
+    }
+
+    async fn execute(&self, sql: &str) -> Result<(), SessionError> {
+        answered(self.client.batch_execute(sql)).await
+    }
+
+    async fn one_row(&self, sql: &str) -> Result<SimpleQueryRow, SessionError> {
+        let messages = answered(self.client.simple_query(sql)).await?;
+        let row = messages.into_iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        row.ok_or(SessionError::Answer("a one-row query"))
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Start,
+    Read,
+}
+
+#[derive(Clone, Copy)]
+enum Since {
+    LastRead,
+    /// Another connection: a crash may lie between.
+    Lost,
+}
+
+/// Reads the socket for as long as it lives; notifications go straight to who listens.
+async fn drive(mut connection: ControlConnection, hub: Arc<Hub>) -> Result<(), tokio_postgres::Error> {
+    while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
+        match message? {
+            AsyncMessage::Notification(notification) => {
+                if notification.channel() == WAKE_CHANNEL {
+                    hub.wake();
+                }
+                hub.dispatch_ordinary(notification.process_id(), notification.channel(), notification.payload());
+            }
+            AsyncMessage::Notice(notice) => debug!(database = hub.database, %notice, "listener notice"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+async fn answered<T>(answer: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, SessionError> {
+    match timeout(ANSWER_WAIT, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_elapsed) => Err(SessionError::Silent(ANSWER_WAIT)),
+    }
+}
+
+fn is_outbox_gone(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| {
+        *code == SqlState::UNDEFINED_TABLE
+            || *code == SqlState::UNDEFINED_COLUMN
+            || *code == SqlState::INVALID_SCHEMA_NAME
+            || *code == SqlState::INSUFFICIENT_PRIVILEGE
+    })
+}
+
+fn number<T: std::str::FromStr>(row: &SimpleQueryRow, column: usize) -> Option<T> {
+    row.get(column)?.parse().ok()
+}
+
+/// `id, topic, seq, flow, payload` from this column on; `None` where there is no event.
+fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
+    let (id, seq) = (number(row, from)?, number(row, from + 2));
+    let payload = with_position(row.get(from + 4).unwrap_or("{}"), seq, id);
+    let (topic, flow) = (row.get(from + 1)?.to_owned(), row.get(from + 3).map(str::to_owned));
+    Some(Event { id, topic, seq, flow, payload })
+}
+
+/// pgflow's own keys as they came, plus `seq` and `cursor`. Spliced, not parsed: outputs may be megabytes.
+fn with_position(payload: &str, seq: Option<i64>, id: i64) -> String {
+    let mut text = String::with_capacity(payload.len() + 64);
+    match payload.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
+        Some(members) if members.trim().is_empty() => text.push('{'),
+        Some(members) => write!(text, "{{{members}, ").expect("a String takes all"),
+        None => write!(text, "{{\"payload\": {payload}, ").expect("a String takes all"),
+    }
+    if let Some(seq) = seq {
+        write!(text, "\"seq\": {seq}, ").expect("a String takes all");
+    }
+    write!(text, "\"cursor\": \"{id}\"}}").expect("a String takes all");
+    text
+}
+
+fn statements<'a>(verb: &str, channels: impl Iterator<Item = &'a String>) -> String {
+    channels.fold(String::new(), |sql, channel| sql + verb + " \"" + &channel.replace('"', "\"\"") + "\"; ")
+}
+
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}

@@ -1,0 +1,538 @@
+//! Which replicas are fresh enough: samples the primary's WAL position and the replicas' replay positions, as an ordinary
+//! client, and answers "may this read go to a replica". Never routes and never opens a server for a client; `app` starts
+//! it, `client/session` asks.
+//!
+//! **Token.** A commit acknowledged before a sample's query *started* lies below that sample's insert position, whatever
+//! the commit's `synchronous_commit` was. So the first sample started at or after `since` stands for everything
+//! acknowledged before `since`, and nothing need be asked for each write.
+//!
+//! Sampling follows demand: the primary is asked when somebody's `since` is newer than the last sample, a replica while
+//! somebody waits for it; otherwise both once a second, for their health.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+use tracing::{debug, info, warn};
+
+use crate::upstream::{DialError, Upstream, dial};
+
+const APPLICATION: &str = "flowgate probe";
+/// Samples kept. Equal positions are one sample, so an idle primary fills one.
+const SAMPLES: usize = 2048;
+/// Between two samples of one server.
+const SPACING: Duration = Duration::from_millis(2);
+/// Without demand.
+const HEALTH: Duration = Duration::from_secs(1);
+/// A replica goes on being polled so long after somebody looked for it and found it behind.
+const INTEREST: Duration = Duration::from_millis(100);
+const ANSWER_WAIT: Duration = Duration::from_secs(3);
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// A handle; the samplers end with the last one.
+#[derive(Clone)]
+pub(crate) struct Freshness {
+    shared: Arc<Shared>,
+    /// Dropped with the last handle, which aborts the samplers: they hold `shared` alone.
+    _tasks: Arc<JoinSet<()>>,
+}
+
+struct Shared {
+    primary: Arc<Upstream>,
+    replicas: Vec<Arc<Upstream>>,
+    connect_timeout: Duration,
+    window: Mutex<Window>,
+    /// The window has news for whoever waits.
+    news: Notify,
+    sample_primary: Notify,
+    sample_replica: Vec<Notify>,
+}
+
+impl Freshness {
+    pub(crate) fn start(
+        primary: Arc<Upstream>,
+        replicas: Vec<Arc<Upstream>>,
+        connect_timeout: Duration,
+        handle: &Handle,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            window: Mutex::new(Window::new(replicas.len())),
+            sample_replica: replicas.iter().map(|_| Notify::new()).collect(),
+            primary,
+            replicas,
+            connect_timeout,
+            news: Notify::new(),
+            sample_primary: Notify::new(),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn_on(run(Arc::clone(&shared), Server::Primary), handle);
+        for replica in 0..shared.replicas.len() {
+            tasks.spawn_on(run(Arc::clone(&shared), Server::Replica(replica)), handle);
+        }
+        Self { shared, _tasks: Arc::new(tasks) }
+    }
+
+    /// A replica that has replayed whatever any commit acknowledged before `since` can have written. Waits at most
+    /// `wait`, and not at all where that is hopeless. `None`: use the primary.
+    pub(crate) async fn fresh_replica(&self, since: Instant, prefer: Option<usize>, wait: Duration) -> Option<usize> {
+        let deadline = Instant::now() + wait;
+        loop {
+            // Enabled before looking, so that news in between is not missed.
+            let mut news = pin!(self.shared.news.notified());
+            news.as_mut().enable();
+            match self.shared.ask(since, prefer, deadline) {
+                Verdict::Fresh(replica) => return Some(replica),
+                Verdict::Primary => return None,
+                Verdict::Wait => {}
+            }
+            if timeout_at(deadline, news).await.is_err() {
+                return None;
+            }
+        }
+    }
+
+    /// The same as things are known now.
+    pub(crate) fn try_fresh(&self, since: Instant, prefer: Option<usize>) -> Option<usize> {
+        let now = Instant::now();
+        match self.shared.ask(since, prefer, now + INTEREST) {
+            Verdict::Fresh(replica) => Some(replica),
+            Verdict::Wait | Verdict::Primary => None,
+        }
+    }
+}
+
+impl Shared {
+    fn window(&self) -> MutexGuard<'_, Window> {
+        // INVARIANT: nothing inside panics half-way.
+        self.window.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, since: Instant, prefer: Option<usize>, deadline: Instant) -> Verdict {
+        let now = Instant::now();
+        let mut window = self.window();
+        let verdict = window.decide(since, prefer, now, deadline);
+        let (primary, replicas) = (window.wants_primary(), window.wants_replicas(now));
+        drop(window);
+        if verdict == Verdict::Wait {
+            if primary {
+                self.sample_primary.notify_one();
+            }
+            if replicas {
+                self.sample_replica.iter().for_each(Notify::notify_one);
+            }
+        }
+        verdict
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Fresh(usize),
+    /// Not yet, perhaps within the deadline.
+    Wait,
+    /// Not in time.
+    Primary,
+}
+
+/// All that was sampled. Pure: time is passed in.
+#[derive(Debug)]
+struct Window {
+    /// Oldest first; positions strictly rise.
+    samples: VecDeque<Sample>,
+    /// As last seen.
+    primary: Option<Identity>,
+    away: bool,
+    replicas: Vec<Replica>,
+    /// The newest `since` that no sample covers yet.
+    wanted_since: Option<Instant>,
+    /// The position somebody lately looked for in vain.
+    wanted_lsn: u64,
+    wanted_until: Option<Instant>,
+    rotation: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sample {
+    lsn: u64,
+    /// The start of the first and the last query that saw it.
+    first: Instant,
+    last: Instant,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Replica {
+    in_rotation: bool,
+    replayed: u64,
+}
+
+/// Whose WAL positions these are. Parts that the control role may not see are empty and match anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Identity {
+    system: String,
+    timeline: String,
+}
+
+impl Identity {
+    fn agrees_with(&self, other: &Self) -> bool {
+        let same = |a: &str, b: &str| a.is_empty() || b.is_empty() || a == b;
+        same(&self.system, &other.system) && same(&self.timeline, &other.timeline)
+    }
+}
+
+impl Window {
+    fn new(replicas: usize) -> Self {
+        Self {
+            samples: VecDeque::new(),
+            primary: None,
+            away: true,
+            replicas: vec![Replica::default(); replicas],
+            wanted_since: None,
+            wanted_lsn: 0,
+            wanted_until: None,
+            rotation: 0,
+        }
+    }
+
+    /// The lowest position known to cover everything acknowledged before `since`.
+    fn covering(&self, since: Instant) -> Option<Sample> {
+        self.samples.get(self.samples.partition_point(|sample| sample.last < since)).copied()
+    }
+
+    fn decide(&mut self, since: Instant, prefer: Option<usize>, now: Instant, deadline: Instant) -> Verdict {
+        if !self.replicas.iter().any(|replica| replica.in_rotation) {
+            return Verdict::Primary;
+        }
+        let Some(need) = self.covering(since) else {
+            if self.away {
+                return Verdict::Primary;
+            }
+            self.wanted_since = self.wanted_since.max(Some(since));
+            return Verdict::Wait;
+        };
+        let is_fresh = |replica: &Replica| replica.in_rotation && replica.replayed >= need.lsn;
+        if let Some(preferred) = prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh)) {
+            return Verdict::Fresh(preferred);
+        }
+        let count = self.replicas.len();
+        let next = (0..count).map(|step| (self.rotation + step) % count).find(|&index| is_fresh(&self.replicas[index]));
+        if let Some(next) = next {
+            self.rotation = (next + 1) % count;
+            return Verdict::Fresh(next);
+        }
+        // Polled on even when hopeless now: it may catch up.
+        self.wanted_lsn = self.wanted_lsn.max(need.lsn);
+        self.wanted_until = Some(now + INTEREST);
+        // What the primary wrote at `need.first` arrives as late as the replica is behind.
+        let in_time = |replica: &Replica| replica.in_rotation && need.first + self.lag(replica, now) <= deadline;
+        if self.replicas.iter().any(in_time) { Verdict::Wait } else { Verdict::Primary }
+    }
+
+    /// How long ago the primary was first seen beyond what the replica has replayed.
+    fn lag(&self, replica: &Replica, now: Instant) -> Duration {
+        let beyond = self.samples.partition_point(|sample| sample.lsn <= replica.replayed);
+        self.samples.get(beyond).map_or(Duration::ZERO, |sample| now.saturating_duration_since(sample.first))
+    }
+
+    fn wants_primary(&self) -> bool {
+        self.wanted_since.is_some()
+    }
+
+    fn wants_replicas(&self, now: Instant) -> bool {
+        self.wanted_until.is_some_and(|until| now < until)
+    }
+
+    fn wants_replica(&self, index: usize, now: Instant) -> bool {
+        self.wants_replicas(now) && self.replicas[index].replayed < self.wanted_lsn
+    }
+
+    fn sampled(&mut self, started: Instant, lsn: u64) {
+        match self.samples.back_mut() {
+            Some(last) if last.lsn == lsn => last.last = started,
+            // A crash lost what was never flushed: none of it can be a token.
+            Some(last) if last.lsn > lsn => {
+                self.samples.clear();
+                self.samples.push_back(Sample { lsn, first: started, last: started });
+            }
+            Some(_) | None => self.samples.push_back(Sample { lsn, first: started, last: started }),
+        }
+        if self.samples.len() > SAMPLES {
+            self.samples.pop_front();
+        }
+        if self.wanted_since.is_some_and(|since| since <= started) {
+            self.wanted_since = None;
+        }
+    }
+
+    fn latest(&self) -> u64 {
+        self.samples.back().map_or(0, |sample| sample.lsn)
+    }
+
+    /// Another connection to the primary: nothing sampled over the last one is trusted.
+    fn primary_known(&mut self, identity: Identity) {
+        let same = self.primary.as_ref().is_some_and(|known| known.agrees_with(&identity));
+        self.samples.clear();
+        self.wanted_lsn = 0;
+        self.primary = Some(identity);
+        self.away = false;
+        if !same {
+            self.replicas.iter_mut().for_each(|replica| replica.in_rotation = false);
+        }
+    }
+
+    /// No sample can be had: those who need a new one need not wait.
+    fn primary_away(&mut self) {
+        self.away = true;
+        self.wanted_since = None;
+    }
+
+    /// `None`: agrees, and is in rotation. Else why it is out.
+    fn replayed(&mut self, index: usize, lsn: u64, identity: Option<&Identity>) -> Option<Outside> {
+        let outside = match (&self.primary, identity) {
+            (None, _) => Some(Outside::PrimaryUnknown),
+            (Some(primary), Some(identity)) if !primary.agrees_with(identity) => Some(Outside::OtherHistory),
+            (Some(_), Some(_)) => None,
+            // Between two looks at who it is.
+            (Some(_), None) if self.replicas[index].in_rotation => None,
+            (Some(_), None) => Some(Outside::Unverified),
+        };
+        self.replicas[index] = Replica { in_rotation: outside.is_none(), replayed: lsn };
+        outside
+    }
+
+    fn replica_lost(&mut self, index: usize) {
+        self.replicas[index] = Replica::default();
+    }
+}
+
+/// Why a replica that answers is not in rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Outside {
+    #[error("the primary has not been seen yet")]
+    PrimaryUnknown,
+    #[error("not of the primary's system or timeline")]
+    OtherHistory,
+    #[error("not compared with the primary yet")]
+    Unverified,
+    #[error("not in recovery: promoted, or no replica")]
+    Promoted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Server {
+    Primary,
+    Replica(usize),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ProbeError {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error(transparent)]
+    Postgres(#[from] tokio_postgres::Error),
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("connection closed")]
+    Closed,
+    #[error("unexpected answer")]
+    Answer,
+    #[error(transparent)]
+    Outside(#[from] Outside),
+}
+
+/// One server's sampler; never ends by itself.
+async fn run(shared: Arc<Shared>, server: Server) {
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let began = Instant::now();
+        let Err(error) = sample(&shared, server).await;
+        if began.elapsed() > BACKOFF_MAX {
+            backoff = BACKOFF_MIN;
+        }
+        leave(&shared, server, &error);
+        sleep(backoff).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+fn leave(shared: &Shared, server: Server, error: &ProbeError) {
+    let upstream = match server {
+        // Samples stay: reads they cover go on from the replicas while the primary is away.
+        Server::Primary => {
+            shared.window().primary_away();
+            &shared.primary
+        }
+        Server::Replica(index) => {
+            shared.window().replica_lost(index);
+            &shared.replicas[index]
+        }
+    };
+    shared.news.notify_waiters();
+    if upstream.set_healthy(false) {
+        warn!(upstream = upstream.name, role = ?upstream.role, %error, "upstream left rotation");
+    } else {
+        debug!(upstream = upstream.name, role = ?upstream.role, %error, "upstream still out of rotation");
+    }
+}
+
+enum Never {}
+
+async fn sample(shared: &Shared, server: Server) -> Result<Never, ProbeError> {
+    let upstream = match server {
+        Server::Primary => &shared.primary,
+        Server::Replica(index) => &shared.replicas[index],
+    };
+    let (client, mut connection) = dial(&upstream.url, APPLICATION, shared.connect_timeout).await?;
+    // The socket is watched beside every wait, so that a server that goes is seen at once and not at the next probe.
+    let socket = poll_fn(|cx| connection.poll_message(cx));
+    let drive = async {
+        let mut socket = pin!(socket);
+        loop {
+            match socket.as_mut().await {
+                Some(Ok(_notice)) => {}
+                Some(Err(error)) => return ProbeError::Postgres(error),
+                None => return ProbeError::Closed,
+            }
+        }
+    };
+    let work = async {
+        match server {
+            Server::Primary => sample_primary(shared, &client).await,
+            Server::Replica(index) => sample_replica(shared, index, &client).await,
+        }
+    };
+    tokio::select! {
+        error = drive => Err(error),
+        done = work => done,
+    }
+}
+
+async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, ProbeError> {
+    let row = one_row(
+        client,
+        "select substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8), current_setting('wal_block_size')",
+    )
+    .await?;
+    let timeline = row.get(0).ok_or(ProbeError::Answer)?.to_owned();
+    let block: u64 = row.get(1).and_then(|size| size.parse().ok()).ok_or(ProbeError::Answer)?;
+    let system = system_identifier(client).await?;
+    shared.window().primary_known(Identity { system, timeline });
+    loop {
+        let started = Instant::now();
+        let row = one_row(client, "select pg_current_wal_insert_lsn()").await?;
+        let lsn = row.get(0).and_then(parse_lsn).map(|lsn| without_header(lsn, block)).ok_or(ProbeError::Answer)?;
+        shared.window().sampled(started, lsn);
+        shared.news.notify_waiters();
+        shared.primary.set_lsn(lsn);
+        entered(&shared.primary);
+        sleep_until(started + SPACING).await;
+        if !shared.window().wants_primary() {
+            tokio::select! {
+                () = shared.sample_primary.notified() => {}
+                () = sleep_until(started + HEALTH) => {}
+            }
+        }
+    }
+}
+
+async fn sample_replica(shared: &Shared, index: usize, client: &Client) -> Result<Never, ProbeError> {
+    let replica = &shared.replicas[index];
+    let system = system_identifier(client).await?;
+    let mut looked: Option<Instant> = None;
+    loop {
+        let started = Instant::now();
+        let row = one_row(client, "select pg_is_in_recovery(), pg_last_wal_replay_lsn()").await?;
+        if row.get(0) != Some("t") {
+            return Err(Outside::Promoted.into());
+        }
+        let lsn = row.get(1).and_then(parse_lsn).ok_or(ProbeError::Answer)?;
+        let due = looked.is_none_or(|looked| looked.elapsed() >= HEALTH) || !replica.is_healthy();
+        let identity = if due {
+            looked = Some(started);
+            Some(Identity { system: system.clone(), timeline: replayed_timeline(client).await? })
+        } else {
+            None
+        };
+        let (outside, latest) = {
+            let mut window = shared.window();
+            (window.replayed(index, lsn, identity.as_ref()), window.latest())
+        };
+        shared.news.notify_waiters();
+        replica.set_lsn(lsn);
+        replica.set_lag_bytes(latest.saturating_sub(lsn));
+        match outside {
+            None => entered(replica),
+            Some(reason) => {
+                if replica.set_healthy(false) {
+                    warn!(upstream = replica.name, %reason, "upstream left rotation");
+                }
+            }
+        }
+        sleep_until(started + SPACING).await;
+        if !shared.window().wants_replica(index, Instant::now()) {
+            tokio::select! {
+                () = shared.sample_replica[index].notified() => {}
+                () = sleep_until(started + if outside.is_some() { HEALTH / 10 } else { HEALTH }) => {}
+            }
+        }
+    }
+}
+
+fn entered(upstream: &Upstream) {
+    if !upstream.set_healthy(true) {
+        info!(upstream = upstream.name, role = ?upstream.role, "upstream in rotation");
+    }
+}
+
+/// Empty where the control role may not know.
+async fn system_identifier(client: &Client) -> Result<String, ProbeError> {
+    optional(one_row(client, "select system_identifier from pg_control_system()").await)
+}
+
+/// As of the last restartpoint, spelled as in a WAL file's name. After a failover it lags, and so the replica stays out
+/// until it is known to follow the new primary.
+async fn replayed_timeline(client: &Client) -> Result<String, ProbeError> {
+    optional(one_row(client, "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()").await)
+}
+
+fn optional(row: Result<SimpleQueryRow, ProbeError>) -> Result<String, ProbeError> {
+    match row {
+        Ok(row) => Ok(row.get(0).unwrap_or_default().to_owned()),
+        Err(ProbeError::Postgres(error)) if error.as_db_error().is_some() => Ok(String::new()),
+        Err(error) => Err(error),
+    }
+}
+
+async fn one_row(client: &Client, sql: &str) -> Result<SimpleQueryRow, ProbeError> {
+    let Ok(answer) = timeout(ANSWER_WAIT, client.simple_query(sql)).await else {
+        return Err(ProbeError::Silent(ANSWER_WAIT));
+    };
+    let row = answer?.into_iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    row.ok_or(ProbeError::Answer)
+}
+
+/// `pg_lsn` as text: `16/B374D848`.
+fn parse_lsn(text: &str) -> Option<u64> {
+    let (high, low) = text.split_once('/')?;
+    Some(u64::from(u32::from_str_radix(high, 16).ok()?) << 32 | u64::from(u32::from_str_radix(low, 16).ok()?))
+}
+
+/// Where a record ended exactly with its page, the insert position is already past the next page's header (24 bytes, 40
+/// on a segment's first), while the replay position stays at the page's start until another record comes. Header bytes
+/// carry no record, so the page's start says the same, and a quiet replica qualifies.
+fn without_header(lsn: u64, block: u64) -> u64 {
+    match lsn % block {
+        offset @ (24 | 40) => lsn - offset,
+        _ => lsn,
+    }
+}
