@@ -30,10 +30,7 @@ pub mod route;
 
 // Band 3: flows, where mechanisms meet.
 pub mod client;
-pub mod console;
-pub mod embedded;
 pub mod http;
-pub mod schema;
 
 // Band 4: assembly.
 pub mod app;

@@ -1,2 +1,68 @@
-//! x
-fn main(){}
+//! `flowgate`: argv to one of the commands, nothing else.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use flowgate::commands::{check_config, serve};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// A Postgres proxy that understands pgflow.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve clients
+    Serve(serve::ServeArgs),
+    /// Check a configuration file: every problem at once, with its key path
+    CheckConfig { file: PathBuf },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Command::Serve(args) => report(serve(args)),
+        Command::CheckConfig { file } => check_config::run(&file),
+    }
+}
+
+fn serve(args: serve::ServeArgs) -> anyhow::Result<()> {
+    let config = args.config()?;
+    log_to_stderr(&config.log)?;
+    control_runtime()?.block_on(serve::run(&config))
+}
+
+fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?)
+}
+
+fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+    let targets: Targets = filter.parse()?;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(targets)
+        .try_init()?;
+    Ok(())
+}
+
+fn report(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("flowgate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

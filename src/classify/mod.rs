@@ -38,6 +38,38 @@ pub(crate) struct Analysis {
     pub(crate) flow: Arg,
 }
 
+impl Analysis {
+    /// A text about which nothing is known.
+    pub(crate) fn other() -> Arc<Self> {
+        Arc::new(Self {
+            class: StatementClass::Other,
+            effects: Vec::new(),
+            statements: 1,
+            flow: Arg::Absent,
+        })
+    }
+
+    /// Whether runs may look different once this has committed. Of statements that call nothing of pgflow's we know
+    /// only what they say: a function of the user's own may write to runs, too.
+    pub(crate) fn writes_runs(&self) -> bool {
+        match self.class {
+            StatementClass::Progress(_) | StatementClass::Start(_) | StatementClass::Define => true,
+            StatementClass::Read(_) | StatementClass::Poll(_) | StatementClass::Other => false,
+        }
+    }
+}
+
+impl StatementClass {
+    /// The runs it concerns.
+    pub(crate) fn run(&self) -> RunRef {
+        match self {
+            Self::Read(run) | Self::Progress(run) | Self::Start(run) => *run,
+            Self::Poll(_) | Self::Define => RunRef::None,
+            Self::Other => RunRef::All,
+        }
+    }
+}
+
 /// Anything but `Other` is said of a single statement only.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum StatementClass {

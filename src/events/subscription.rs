@@ -55,7 +55,11 @@ pub(super) struct Frames<'a> {
 
 impl<'a> Frames<'a> {
     pub(super) fn new(event: &'a Event, pid: i32) -> Self {
-        Self { event, pid, made: Vec::new() }
+        Self {
+            event,
+            pid,
+            made: Vec::new(),
+        }
     }
 
     fn spelled(&mut self, channel: &Arc<str>) -> Bytes {
@@ -88,7 +92,10 @@ pub(super) enum Target {
     /// The channel as Postgres knows it.
     Ordinary(String),
     /// The run's topic in the outbox and, for the gap marker, its id.
-    Run { topic: String, run_id: String },
+    Run {
+        topic: String,
+        run_id: String,
+    },
     Flow(String),
     All,
 }
@@ -108,7 +115,11 @@ enum Phase {
     /// Of a run: `seq > last_seq` comes from the outbox, page by page.
     Paging(Paging),
     /// Of a flow or all: a marker for these ids stands at the end of what is queued; until it is read, all else adds to it.
-    Gap { from: i64, to: Option<i64>, pid: i32 },
+    Gap {
+        from: i64,
+        to: Option<i64>,
+        pid: i32,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +128,10 @@ enum Paging {
     First(Why),
     All,
     /// Between these, only the latest event of each step and of the run.
-    Latest { from: i64, to: i64 },
+    Latest {
+        from: i64,
+        to: i64,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,11 +235,17 @@ impl Inbox {
     }
 
     pub(super) fn spelling(&self, stream: StreamId) -> Option<Arc<str>> {
-        self.streams.get(&stream).map(|stream| Arc::clone(&stream.spelling))
+        self.streams
+            .get(&stream)
+            .map(|stream| Arc::clone(&stream.spelling))
     }
 
     pub(super) fn channels(&self) -> Vec<String> {
-        let mut channels: Vec<String> = self.spellings.keys().map(|spelling| spelling.to_string()).collect();
+        let mut channels: Vec<String> = self
+            .spellings
+            .keys()
+            .map(|spelling| spelling.to_string())
+            .collect();
         channels.sort_unstable();
         channels
     }
@@ -245,7 +265,15 @@ impl Inbox {
             }
         };
         self.spellings.insert(Arc::clone(&spelling), id);
-        self.streams.insert(id, Stream { spelling, target, last_seq: after, phase });
+        self.streams.insert(
+            id,
+            Stream {
+                spelling,
+                target,
+                last_seq: after,
+                phase,
+            },
+        );
     }
 
     /// Also forgets what is queued for it: after UNLISTEN nothing of the channel may arrive.
@@ -272,7 +300,9 @@ impl Inbox {
 
     /// Listened to already, and once more with a `seq`: what follows it comes again. `false`: not a run's.
     pub(super) fn replay(&mut self, id: StreamId, after: i64) -> bool {
-        let Some(stream) = self.streams.get_mut(&id) else { return false };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return false;
+        };
         if !matches!(stream.target, Target::Run { .. }) {
             return false;
         }
@@ -315,7 +345,9 @@ impl Inbox {
     }
 
     pub(super) fn offer_event(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         if self.cut.is_some() {
             return Offered::Skipped;
         }
@@ -349,7 +381,9 @@ impl Inbox {
     }
 
     fn fall_behind(&mut self, id: StreamId, frames: &Frames<'_>) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         let event = frames.event;
         match (&stream.target, event.seq) {
             (Target::Run { .. }, Some(seq)) => {
@@ -359,9 +393,15 @@ impl Inbox {
                 Offered::Skipped
             }
             // Not part of the run's history, and so in no page: said, not kept.
-            (Target::Run { .. }, None) if matches!(stream.phase, Phase::Paging(_)) => Offered::Skipped,
+            (Target::Run { .. }, None) if matches!(stream.phase, Phase::Paging(_)) => {
+                Offered::Skipped
+            }
             (Target::Run { .. } | Target::Flow(_) | Target::All | Target::Ordinary(_), _) => {
-                stream.phase = Phase::Gap { from: event.id, to: Some(event.id), pid: frames.pid };
+                stream.phase = Phase::Gap {
+                    from: event.id,
+                    to: Some(event.id),
+                    pid: frames.pid,
+                };
                 self.push_marker(id);
                 Offered::Gap
             }
@@ -370,16 +410,24 @@ impl Inbox {
 
     /// History was rewritten upstream (failover): a run goes back to the outbox, the others are told.
     pub(super) fn distrust(&mut self, id: StreamId, last_event_id: i64, pid: i32) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         match (&stream.target, &stream.phase) {
-            (Target::Ordinary(_), _) | (_, Phase::Paging(_) | Phase::Gap { .. }) => Offered::Skipped,
+            (Target::Ordinary(_), _) | (_, Phase::Paging(_) | Phase::Gap { .. }) => {
+                Offered::Skipped
+            }
             (Target::Run { .. }, Phase::Live) if stream.last_seq.is_some() => {
                 stream.phase = Phase::Paging(Paging::First(Why::Asked));
                 self.paging += 1;
                 Offered::Skipped
             }
             (Target::Run { .. } | Target::Flow(_) | Target::All, Phase::Live) => {
-                stream.phase = Phase::Gap { from: last_event_id.saturating_add(1), to: None, pid };
+                stream.phase = Phase::Gap {
+                    from: last_event_id.saturating_add(1),
+                    to: None,
+                    pid,
+                };
                 self.push_marker(id);
                 Offered::Gap
             }
@@ -392,7 +440,10 @@ impl Inbox {
         if self.cut.is_some() || !self.is_low() {
             return Vec::new();
         }
-        self.streams.iter().filter_map(|(&id, stream)| page(id, stream)).collect()
+        self.streams
+            .iter()
+            .filter_map(|(&id, stream)| page(id, stream))
+            .collect()
     }
 
     /// The same stream's next page, if it has one and there is room.
@@ -404,10 +455,19 @@ impl Inbox {
     }
 
     /// `seqs`: the first and last the outbox has of the run. Queues the gap marker, if there is a gap.
-    pub(super) fn first_page(&mut self, id: StreamId, seqs: Option<(i64, i64)>, pid: i32) -> Offered {
+    pub(super) fn first_page(
+        &mut self,
+        id: StreamId,
+        seqs: Option<(i64, i64)>,
+        pid: i32,
+    ) -> Offered {
         let room = self.bounds.frames.saturating_sub(self.queue.len() + 1);
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
-        let (Phase::Paging(Paging::First(why)), Target::Run { run_id, .. }) = (&stream.phase, &stream.target) else {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
+        let (Phase::Paging(Paging::First(why)), Target::Run { run_id, .. }) =
+            (&stream.phase, &stream.target)
+        else {
             return Offered::Skipped;
         };
         let after = stream.last_seq.unwrap_or(0);
@@ -416,18 +476,38 @@ impl Inbox {
             None if after > 0 => (Some((after + 1, None)), Paging::All, None),
             None => (None, Paging::All, None),
             // A cursor from a history that is no more.
-            Some((_, last)) if after > last => (Some((last + 1, Some(after))), Paging::All, Some(last)),
-            Some((first, _)) if first > after + 1 => {
-                (Some((after + 1, Some(first - 1))), Paging::All, Some(first - 1))
+            Some((_, last)) if after > last => {
+                (Some((last + 1, Some(after))), Paging::All, Some(last))
             }
-            Some((_, last)) if *why == Why::FellBehind && last - after > i64::try_from(room).unwrap_or(i64::MAX) => {
+            Some((first, _)) if first > after + 1 => (
+                Some((after + 1, Some(first - 1))),
+                Paging::All,
+                Some(first - 1),
+            ),
+            Some((_, last))
+                if *why == Why::FellBehind
+                    && last - after > i64::try_from(room).unwrap_or(i64::MAX) =>
+            {
                 let (from, to) = (after + 1, last);
-                (Some((from, Some(to))), Paging::Latest { from, to }, Some(after))
+                (
+                    Some((from, Some(to))),
+                    Paging::Latest { from, to },
+                    Some(after),
+                )
             }
             Some(_) => (None, Paging::All, Some(after)),
         };
         let marker = gap.map(|(from, to)| {
-            notification(pid, &stream.spelling, &gap_payload("run_id", Some(run_id), &Bound::Seq(from), to.map(Bound::Seq).as_ref()))
+            notification(
+                pid,
+                &stream.spelling,
+                &gap_payload(
+                    "run_id",
+                    Some(run_id),
+                    &Bound::Seq(from),
+                    to.map(Bound::Seq).as_ref(),
+                ),
+            )
         });
         // Without any row the stream is live from its next event on, whatever its number.
         stream.last_seq = last_seq;
@@ -449,7 +529,9 @@ impl Inbox {
     }
 
     pub(super) fn page_row(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Fed {
-        let Some(stream) = self.streams.get_mut(&id) else { return Fed::Gone };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Fed::Gone;
+        };
         if self.cut.is_some() || !matches!(stream.phase, Phase::Paging(_)) {
             return Fed::Gone;
         }
@@ -464,7 +546,9 @@ impl Inbox {
 
     /// The page came back short: nothing follows that a live read will not bring.
     pub(super) fn page_end(&mut self, id: StreamId) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
         match stream.phase {
             Phase::Paging(Paging::All) => {
                 stream.phase = Phase::Live;
@@ -481,7 +565,9 @@ impl Inbox {
 
     pub(super) fn pop(&mut self) -> Popped {
         let delivery = loop {
-            let Some(item) = self.queue.pop_front() else { break self.cut.map(Delivery::Cut) };
+            let Some(item) = self.queue.pop_front() else {
+                break self.cut.map(Delivery::Cut);
+            };
             match item.frame {
                 Some(frame) => {
                     self.bytes -= frame.len();
@@ -496,7 +582,10 @@ impl Inbox {
         };
         let ask_pages = self.wants_pages();
         self.asked |= ask_pages;
-        Popped { delivery, ask_pages }
+        Popped {
+            delivery,
+            ask_pages,
+        }
     }
 
     /// Something is owed from the outbox, there is room, and the hub does not know yet.
@@ -537,12 +626,18 @@ impl Inbox {
 
     fn push(&mut self, stream: StreamId, frame: Bytes) {
         self.bytes += frame.len();
-        self.queue.push_back(Item { stream, frame: Some(frame) });
+        self.queue.push_back(Item {
+            stream,
+            frame: Some(frame),
+        });
         self.wake();
     }
 
     fn push_marker(&mut self, stream: StreamId) {
-        self.queue.push_back(Item { stream, frame: None });
+        self.queue.push_back(Item {
+            stream,
+            frame: None,
+        });
         self.wake();
     }
 
@@ -561,25 +656,40 @@ fn has_room(bounds: &Bounds, frames: usize, bytes: usize, frame: usize) -> bool 
 }
 
 fn page(id: StreamId, stream: &Stream) -> Option<Page> {
-    let (Phase::Paging(paging), Target::Run { topic, .. }) = (&stream.phase, &stream.target) else { return None };
+    let (Phase::Paging(paging), Target::Run { topic, .. }) = (&stream.phase, &stream.target) else {
+        return None;
+    };
     let (latest, first) = match *paging {
         Paging::First(_) => (None, true),
         Paging::All => (None, false),
         Paging::Latest { from, to } => (Some((from, to)), false),
     };
-    Some(Page { stream: id, topic: topic.clone(), after: stream.last_seq.unwrap_or(0), latest, first })
+    Some(Page {
+        stream: id,
+        topic: topic.clone(),
+        after: stream.last_seq.unwrap_or(0),
+        latest,
+        first,
+    })
 }
 
 /// The marker is being read: from here on the stream is live again.
 fn read_marker(stream: &mut Stream) -> Option<Bytes> {
-    let Phase::Gap { from, to, pid } = stream.phase else { return None };
+    let Phase::Gap { from, to, pid } = stream.phase else {
+        return None;
+    };
     stream.phase = Phase::Live;
     let (key, name) = match &stream.target {
         Target::Run { run_id, .. } => ("run_id", Some(run_id.as_str())),
         Target::Flow(slug) => ("flow_slug", Some(slug.as_str())),
         Target::All | Target::Ordinary(_) => ("run_id", None),
     };
-    let payload = gap_payload(key, name, &Bound::Cursor(from), to.map(Bound::Cursor).as_ref());
+    let payload = gap_payload(
+        key,
+        name,
+        &Bound::Cursor(from),
+        to.map(Bound::Cursor).as_ref(),
+    );
     Some(notification(pid, &stream.spelling, &payload))
 }
 
@@ -594,5 +704,6 @@ fn gap_payload(key: &str, name: Option<&str>, from: &Bound, to: Option<&Bound>) 
         Bound::Seq(seq) => serde_json::Value::from(*seq),
         Bound::Cursor(id) => serde_json::Value::from(id.to_string()),
     };
-    serde_json::json!({"event_type": "gap", key: name, "from": bound(from), "to": to.map(bound)}).to_string()
+    serde_json::json!({"event_type": "gap", key: name, "from": bound(from), "to": to.map(bound)})
+        .to_string()
 }

@@ -28,7 +28,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
-use crate::upstream::{ControlConnection, DialError, dial};
+use crate::server::control::{ControlConnection, DialError, dial};
 
 use super::EventsError;
 use super::hub::{Hub, Mailbox, OutboxWork, WAKE_CHANNEL, Work};
@@ -60,7 +60,8 @@ pub(super) async fn run(hub: Arc<Hub>) {
         let error = match dial(&url, APPLICATION, hub.common.connect_timeout).await {
             Ok((client, connection)) => {
                 let dialled = Instant::now();
-                let ended = Session::serve(&hub, client, connection, &mut cursor, &mut failing).await;
+                let ended =
+                    Session::serve(&hub, client, connection, &mut cursor, &mut failing).await;
                 hub.lost();
                 if dialled.elapsed() > BACKOFF_MAX {
                     backoff = BACKOFF_MIN;
@@ -129,7 +130,10 @@ impl Snapshot {
         let mut parts = text.split(':');
         let (_xmin, xmax, xip) = (parts.next()?, parts.next()?.parse().ok()?, parts.next()?);
         let numbers = xip.is_empty() || xip.split(',').all(|xid| xid.parse::<u64>().is_ok());
-        (numbers && parts.next().is_none()).then(|| Self { xmax, xip: xip.to_owned() })
+        (numbers && parts.next().is_none()).then(|| Self {
+            xmax,
+            xip: xip.to_owned(),
+        })
     }
 
     /// The rows a transaction wrote that was not visible.
@@ -169,7 +173,12 @@ impl<'a> Session<'a> {
         failing: &mut bool,
     ) -> Result<(), SessionError> {
         let mut driver = Driver(tokio::spawn(drive(connection, Arc::clone(hub))));
-        let mut session = Self { hub, client, cursor, has_runs: false };
+        let mut session = Self {
+            hub,
+            client,
+            cursor,
+            has_runs: false,
+        };
         session.execute(SETTINGS).await?;
         let pid = session.one_row("select pg_backend_pid()").await?;
         hub.connected(number(&pid, 0).ok_or(SessionError::Answer("pg_backend_pid"))?);
@@ -227,14 +236,18 @@ impl<'a> Session<'a> {
     async fn listen(&self, work: &Work) -> Result<(), SessionError> {
         for channels in work.unlisten.chunks(LISTEN_BATCH) {
             // Ours as well, and the outbox may be read from.
-            let sql = statements("unlisten", channels.iter().filter(|channel| *channel != WAKE_CHANNEL));
+            let sql = statements(
+                "unlisten",
+                channels.iter().filter(|channel| *channel != WAKE_CHANNEL),
+            );
             self.execute(&sql).await?;
         }
         for channels in work.listen.chunks(LISTEN_BATCH) {
             match self.execute(&statements("listen", channels.iter())).await {
                 Ok(()) => self.hub.listened(channels),
                 Err(error) => {
-                    self.hub.fail_waiters(&EventsError::Upstream(error.to_string()));
+                    self.hub
+                        .fail_waiters(&EventsError::Upstream(error.to_string()));
                     return Err(error);
                 }
             }
@@ -252,7 +265,8 @@ impl<'a> Session<'a> {
             Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => {
                 warn!(database = self.hub.database, %error, "outbox cannot be read");
                 *self.cursor = None;
-                self.hub.outbox_lost(&EventsError::Upstream(error.to_string()));
+                self.hub
+                    .outbox_lost(&EventsError::Upstream(error.to_string()));
                 Ok(())
             }
             other => other,
@@ -264,7 +278,8 @@ impl<'a> Session<'a> {
             *self.cursor = None;
         }
         // Before the snapshot: what is committed after the snapshot must wake us.
-        self.execute(&statements("listen", [WAKE_CHANNEL.to_owned()].iter())).await?;
+        self.execute(&statements("listen", [WAKE_CHANNEL.to_owned()].iter()))
+            .await?;
         let found = self
             .one_row(
                 "select to_regclass('flowgate.event') is not null, to_regclass('pgflow.runs') is not null, \
@@ -286,7 +301,10 @@ impl<'a> Session<'a> {
             }
             Some(old) => {
                 let (from, to) = (&old.timeline, &new.timeline);
-                warn!(database = self.hub.database, from, to, "history was rewritten, replaying by seq");
+                warn!(
+                    database = self.hub.database,
+                    from, to, "history was rewritten, replaying by seq"
+                );
                 self.hub.distrust(old.last_id);
                 *self.cursor = Some(new);
             }
@@ -298,17 +316,29 @@ impl<'a> Session<'a> {
     async fn new_cursor(&self, timeline: String) -> Result<Cursor, SessionError> {
         let row =
             self.one_row("select pg_current_snapshot()::text, coalesce(max(e.id), 0)::text from flowgate.event e").await?;
-        let seen = row.get(0).and_then(Snapshot::parse).ok_or(SessionError::Answer("pg_current_snapshot"))?;
+        let seen = row
+            .get(0)
+            .and_then(Snapshot::parse)
+            .ok_or(SessionError::Answer("pg_current_snapshot"))?;
         let last_id = number(&row, 1).ok_or(SessionError::Answer("max(id)"))?;
-        Ok(Cursor { seen, last_id, timeline, partial: HashSet::new() })
+        Ok(Cursor {
+            seen,
+            last_id,
+            timeline,
+            partial: HashSet::new(),
+        })
     }
 
     async fn read_outbox(&mut self, since: Since) -> Result<(), SessionError> {
-        let Some(cursor) = self.cursor.as_mut() else { return Ok(()) };
+        let Some(cursor) = self.cursor.as_mut() else {
+            return Ok(());
+        };
         let mut unseen = cursor.seen.unseen();
         match since {
             Since::LastRead => {}
-            Since::Lost => write!(unseen, " or e.id > {}", cursor.last_id).expect("a String takes all"),
+            Since::Lost => {
+                write!(unseen, " or e.id > {}", cursor.last_id).expect("a String takes all")
+            }
         }
         let (flow, runs) = if self.has_runs && self.hub.follows_flows() {
             (
@@ -329,12 +359,20 @@ impl<'a> Session<'a> {
         metrics.outbox_reads.inc();
         let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
         let mut now = None;
-        while let Some(message) = answered(poll_fn(|cx| Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose()))).await? {
-            let SimpleQueryMessage::Row(row) = message else { continue };
+        while let Some(message) = answered(poll_fn(|cx| {
+            Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose())
+        }))
+        .await?
+        {
+            let SimpleQueryMessage::Row(row) = message else {
+                continue;
+            };
             if now.is_none() {
                 now = row.get(0).and_then(Snapshot::parse);
             }
-            let Some(event) = event(&row, 1) else { continue };
+            let Some(event) = event(&row, 1) else {
+                continue;
+            };
             if cursor.partial.insert(event.id) {
                 metrics.outbox_rows.inc();
                 cursor.last_id = cursor.last_id.max(event.id);
@@ -371,7 +409,9 @@ impl<'a> Session<'a> {
 
     async fn look_for_gap(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
         let topic = literal(&page.topic);
-        let sql = format!("select min(e.seq), max(e.seq) from flowgate.event e where e.topic = {topic} and e.seq is not null");
+        let sql = format!(
+            "select min(e.seq), max(e.seq) from flowgate.event e where e.topic = {topic} and e.seq is not null"
+        );
         let row = self.one_row(&sql).await?;
         let seqs = number(&row, 0).zip(number(&row, 1));
         if mailbox.lock().first_page(page.stream, seqs, self.hub.pid()) == Offered::Gap {
@@ -383,7 +423,9 @@ impl<'a> Session<'a> {
     async fn feed_page(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
         let (topic, after) = (literal(&page.topic), page.after);
         let rows = match page.latest {
-            None => format!("select e.* from flowgate.event e where e.topic = {topic} and e.seq > {after}"),
+            None => format!(
+                "select e.* from flowgate.event e where e.topic = {topic} and e.seq > {after}"
+            ),
             // Steps and the run have a latest state; what tasks did on the way is the gap.
             Some((from, to)) => format!(
                 "select l.* from (select distinct on (split_part(e.event, ':', 1), e.payload->>'step_slug') e.* \
@@ -400,11 +442,19 @@ impl<'a> Session<'a> {
         let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
         let mut count = 0;
         let mut fed = Fed::Queued;
-        while let Some(message) = answered(poll_fn(|cx| Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose()))).await? {
-            let SimpleQueryMessage::Row(row) = message else { continue };
+        while let Some(message) = answered(poll_fn(|cx| {
+            Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose())
+        }))
+        .await?
+        {
+            let SimpleQueryMessage::Row(row) = message else {
+                continue;
+            };
             let event = event(&row, 0).ok_or(SessionError::Answer("a replay"))?;
             count += 1;
-            fed = mailbox.lock().page_row(page.stream, &mut Frames::new(&event, self.hub.pid()));
+            fed = mailbox
+                .lock()
+                .page_row(page.stream, &mut Frames::new(&event, self.hub.pid()));
             match fed {
                 Fed::Queued => metrics.deliveries.inc(),
                 // The rest is read off the socket and dropped by the connection.
@@ -445,23 +495,34 @@ enum Since {
 }
 
 /// Reads the socket for as long as it lives; notifications go straight to who listens.
-async fn drive(mut connection: ControlConnection, hub: Arc<Hub>) -> Result<(), tokio_postgres::Error> {
+async fn drive(
+    mut connection: ControlConnection,
+    hub: Arc<Hub>,
+) -> Result<(), tokio_postgres::Error> {
     while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
         match message? {
             AsyncMessage::Notification(notification) => {
                 if notification.channel() == WAKE_CHANNEL {
                     hub.wake();
                 }
-                hub.dispatch_ordinary(notification.process_id(), notification.channel(), notification.payload());
+                hub.dispatch_ordinary(
+                    notification.process_id(),
+                    notification.channel(),
+                    notification.payload(),
+                );
             }
-            AsyncMessage::Notice(notice) => debug!(database = hub.database, %notice, "listener notice"),
+            AsyncMessage::Notice(notice) => {
+                debug!(database = hub.database, %notice, "listener notice")
+            }
             _ => {}
         }
     }
     Ok(())
 }
 
-async fn answered<T>(answer: impl Future<Output = Result<T, tokio_postgres::Error>>) -> Result<T, SessionError> {
+async fn answered<T>(
+    answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, SessionError> {
     match timeout(ANSWER_WAIT, answer).await {
         Ok(answer) => Ok(answer?),
         Err(_elapsed) => Err(SessionError::Silent(ANSWER_WAIT)),
@@ -485,14 +546,26 @@ fn number<T: std::str::FromStr>(row: &SimpleQueryRow, column: usize) -> Option<T
 fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
     let (id, seq) = (number(row, from)?, number(row, from + 2));
     let payload = with_position(row.get(from + 4).unwrap_or("{}"), seq, id);
-    let (topic, flow) = (row.get(from + 1)?.to_owned(), row.get(from + 3).map(str::to_owned));
-    Some(Event { id, topic, seq, flow, payload })
+    let (topic, flow) = (
+        row.get(from + 1)?.to_owned(),
+        row.get(from + 3).map(str::to_owned),
+    );
+    Some(Event {
+        id,
+        topic,
+        seq,
+        flow,
+        payload,
+    })
 }
 
 /// pgflow's own keys as they came, plus `seq` and `cursor`. Spliced, not parsed: outputs may be megabytes.
 fn with_position(payload: &str, seq: Option<i64>, id: i64) -> String {
     let mut text = String::with_capacity(payload.len() + 64);
-    match payload.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
+    match payload
+        .strip_prefix('{')
+        .and_then(|rest| rest.strip_suffix('}'))
+    {
         Some(members) if members.trim().is_empty() => text.push('{'),
         Some(members) => write!(text, "{{{members}, ").expect("a String takes all"),
         None => write!(text, "{{\"payload\": {payload}, ").expect("a String takes all"),
@@ -505,7 +578,9 @@ fn with_position(payload: &str, seq: Option<i64>, id: i64) -> String {
 }
 
 fn statements<'a>(verb: &str, channels: impl Iterator<Item = &'a String>) -> String {
-    channels.fold(String::new(), |sql, channel| sql + verb + " \"" + &channel.replace('"', "\"\"") + "\"; ")
+    channels.fold(String::new(), |sql, channel| {
+        sql + verb + " \"" + &channel.replace('"', "\"\"") + "\"; "
+    })
 }
 
 fn literal(text: &str) -> String {

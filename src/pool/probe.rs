@@ -22,7 +22,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
-use crate::upstream::{DialError, Upstream, dial};
+use crate::server::control::{DialError, dial};
+use crate::upstream::Upstream;
 
 const APPLICATION: &str = "flowgate probe";
 /// Samples kept. Equal positions are one sample, so an idle primary fills one.
@@ -77,12 +78,20 @@ impl Freshness {
         for replica in 0..shared.replicas.len() {
             tasks.spawn_on(run(Arc::clone(&shared), Server::Replica(replica)), handle);
         }
-        Self { shared, _tasks: Arc::new(tasks) }
+        Self {
+            shared,
+            _tasks: Arc::new(tasks),
+        }
     }
 
     /// A replica that has replayed whatever any commit acknowledged before `since` can have written. Waits at most
     /// `wait`, and not at all where that is hopeless. `None`: use the primary.
-    pub(crate) async fn fresh_replica(&self, since: Instant, prefer: Option<usize>, wait: Duration) -> Option<usize> {
+    pub(crate) async fn fresh_replica(
+        &self,
+        since: Instant,
+        prefer: Option<usize>,
+        wait: Duration,
+    ) -> Option<usize> {
         let deadline = Instant::now() + wait;
         loop {
             // Enabled before looking, so that news in between is not missed.
@@ -203,10 +212,18 @@ impl Window {
 
     /// The lowest position known to cover everything acknowledged before `since`.
     fn covering(&self, since: Instant) -> Option<Sample> {
-        self.samples.get(self.samples.partition_point(|sample| sample.last < since)).copied()
+        self.samples
+            .get(self.samples.partition_point(|sample| sample.last < since))
+            .copied()
     }
 
-    fn decide(&mut self, since: Instant, prefer: Option<usize>, now: Instant, deadline: Instant) -> Verdict {
+    fn decide(
+        &mut self,
+        since: Instant,
+        prefer: Option<usize>,
+        now: Instant,
+        deadline: Instant,
+    ) -> Verdict {
         if !self.replicas.iter().any(|replica| replica.in_rotation) {
             return Verdict::Primary;
         }
@@ -218,11 +235,15 @@ impl Window {
             return Verdict::Wait;
         };
         let is_fresh = |replica: &Replica| replica.in_rotation && replica.replayed >= need.lsn;
-        if let Some(preferred) = prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh)) {
+        if let Some(preferred) =
+            prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh))
+        {
             return Verdict::Fresh(preferred);
         }
         let count = self.replicas.len();
-        let next = (0..count).map(|step| (self.rotation + step) % count).find(|&index| is_fresh(&self.replicas[index]));
+        let next = (0..count)
+            .map(|step| (self.rotation + step) % count)
+            .find(|&index| is_fresh(&self.replicas[index]));
         if let Some(next) = next {
             self.rotation = (next + 1) % count;
             return Verdict::Fresh(next);
@@ -231,14 +252,24 @@ impl Window {
         self.wanted_lsn = self.wanted_lsn.max(need.lsn);
         self.wanted_until = Some(now + INTEREST);
         // What the primary wrote at `need.first` arrives as late as the replica is behind.
-        let in_time = |replica: &Replica| replica.in_rotation && need.first + self.lag(replica, now) <= deadline;
-        if self.replicas.iter().any(in_time) { Verdict::Wait } else { Verdict::Primary }
+        let in_time = |replica: &Replica| {
+            replica.in_rotation && need.first + self.lag(replica, now) <= deadline
+        };
+        if self.replicas.iter().any(in_time) {
+            Verdict::Wait
+        } else {
+            Verdict::Primary
+        }
     }
 
     /// How long ago the primary was first seen beyond what the replica has replayed.
     fn lag(&self, replica: &Replica, now: Instant) -> Duration {
-        let beyond = self.samples.partition_point(|sample| sample.lsn <= replica.replayed);
-        self.samples.get(beyond).map_or(Duration::ZERO, |sample| now.saturating_duration_since(sample.first))
+        let beyond = self
+            .samples
+            .partition_point(|sample| sample.lsn <= replica.replayed);
+        self.samples.get(beyond).map_or(Duration::ZERO, |sample| {
+            now.saturating_duration_since(sample.first)
+        })
     }
 
     fn wants_primary(&self) -> bool {
@@ -259,9 +290,17 @@ impl Window {
             // A crash lost what was never flushed: none of it can be a token.
             Some(last) if last.lsn > lsn => {
                 self.samples.clear();
-                self.samples.push_back(Sample { lsn, first: started, last: started });
+                self.samples.push_back(Sample {
+                    lsn,
+                    first: started,
+                    last: started,
+                });
             }
-            Some(_) | None => self.samples.push_back(Sample { lsn, first: started, last: started }),
+            Some(_) | None => self.samples.push_back(Sample {
+                lsn,
+                first: started,
+                last: started,
+            }),
         }
         if self.samples.len() > SAMPLES {
             self.samples.pop_front();
@@ -277,13 +316,18 @@ impl Window {
 
     /// Another connection to the primary: nothing sampled over the last one is trusted.
     fn primary_known(&mut self, identity: Identity) {
-        let same = self.primary.as_ref().is_some_and(|known| known.agrees_with(&identity));
+        let same = self
+            .primary
+            .as_ref()
+            .is_some_and(|known| known.agrees_with(&identity));
         self.samples.clear();
         self.wanted_lsn = 0;
         self.primary = Some(identity);
         self.away = false;
         if !same {
-            self.replicas.iter_mut().for_each(|replica| replica.in_rotation = false);
+            self.replicas
+                .iter_mut()
+                .for_each(|replica| replica.in_rotation = false);
         }
     }
 
@@ -297,13 +341,18 @@ impl Window {
     fn replayed(&mut self, index: usize, lsn: u64, identity: Option<&Identity>) -> Option<Outside> {
         let outside = match (&self.primary, identity) {
             (None, _) => Some(Outside::PrimaryUnknown),
-            (Some(primary), Some(identity)) if !primary.agrees_with(identity) => Some(Outside::OtherHistory),
+            (Some(primary), Some(identity)) if !primary.agrees_with(identity) => {
+                Some(Outside::OtherHistory)
+            }
             (Some(_), Some(_)) => None,
             // Between two looks at who it is.
             (Some(_), None) if self.replicas[index].in_rotation => None,
             (Some(_), None) => Some(Outside::Unverified),
         };
-        self.replicas[index] = Replica { in_rotation: outside.is_none(), replayed: lsn };
+        self.replicas[index] = Replica {
+            in_rotation: outside.is_none(),
+            replayed: lsn,
+        };
         outside
     }
 
@@ -421,13 +470,20 @@ async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, Probe
     )
     .await?;
     let timeline = row.get(0).ok_or(ProbeError::Answer)?.to_owned();
-    let block: u64 = row.get(1).and_then(|size| size.parse().ok()).ok_or(ProbeError::Answer)?;
+    let block: u64 = row
+        .get(1)
+        .and_then(|size| size.parse().ok())
+        .ok_or(ProbeError::Answer)?;
     let system = system_identifier(client).await?;
     shared.window().primary_known(Identity { system, timeline });
     loop {
         let started = Instant::now();
         let row = one_row(client, "select pg_current_wal_insert_lsn()").await?;
-        let lsn = row.get(0).and_then(parse_lsn).map(|lsn| without_header(lsn, block)).ok_or(ProbeError::Answer)?;
+        let lsn = row
+            .get(0)
+            .and_then(parse_lsn)
+            .map(|lsn| without_header(lsn, block))
+            .ok_or(ProbeError::Answer)?;
         shared.window().sampled(started, lsn);
         shared.news.notify_waiters();
         shared.primary.set_lsn(lsn);
@@ -442,13 +498,21 @@ async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, Probe
     }
 }
 
-async fn sample_replica(shared: &Shared, index: usize, client: &Client) -> Result<Never, ProbeError> {
+async fn sample_replica(
+    shared: &Shared,
+    index: usize,
+    client: &Client,
+) -> Result<Never, ProbeError> {
     let replica = &shared.replicas[index];
     let system = system_identifier(client).await?;
     let mut looked: Option<Instant> = None;
     loop {
         let started = Instant::now();
-        let row = one_row(client, "select pg_is_in_recovery(), pg_last_wal_replay_lsn()").await?;
+        let row = one_row(
+            client,
+            "select pg_is_in_recovery(), pg_last_wal_replay_lsn()",
+        )
+        .await?;
         if row.get(0) != Some("t") {
             return Err(Outside::Promoted.into());
         }
@@ -456,13 +520,19 @@ async fn sample_replica(shared: &Shared, index: usize, client: &Client) -> Resul
         let due = looked.is_none_or(|looked| looked.elapsed() >= HEALTH) || !replica.is_healthy();
         let identity = if due {
             looked = Some(started);
-            Some(Identity { system: system.clone(), timeline: replayed_timeline(client).await? })
+            Some(Identity {
+                system: system.clone(),
+                timeline: replayed_timeline(client).await?,
+            })
         } else {
             None
         };
         let (outside, latest) = {
             let mut window = shared.window();
-            (window.replayed(index, lsn, identity.as_ref()), window.latest())
+            (
+                window.replayed(index, lsn, identity.as_ref()),
+                window.latest(),
+            )
         };
         shared.news.notify_waiters();
         replica.set_lsn(lsn);
@@ -499,7 +569,13 @@ async fn system_identifier(client: &Client) -> Result<String, ProbeError> {
 /// As of the last restartpoint, spelled as in a WAL file's name. After a failover it lags, and so the replica stays out
 /// until it is known to follow the new primary.
 async fn replayed_timeline(client: &Client) -> Result<String, ProbeError> {
-    optional(one_row(client, "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()").await)
+    optional(
+        one_row(
+            client,
+            "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()",
+        )
+        .await,
+    )
 }
 
 fn optional(row: Result<SimpleQueryRow, ProbeError>) -> Result<String, ProbeError> {
@@ -524,7 +600,10 @@ async fn one_row(client: &Client, sql: &str) -> Result<SimpleQueryRow, ProbeErro
 /// `pg_lsn` as text: `16/B374D848`.
 fn parse_lsn(text: &str) -> Option<u64> {
     let (high, low) = text.split_once('/')?;
-    Some(u64::from(u32::from_str_radix(high, 16).ok()?) << 32 | u64::from(u32::from_str_radix(low, 16).ok()?))
+    Some(
+        u64::from(u32::from_str_radix(high, 16).ok()?) << 32
+            | u64::from(u32::from_str_radix(low, 16).ok()?),
+    )
 }
 
 /// Where a record ended exactly with its page, the insert position is already past the next page's header (24 bytes, 40

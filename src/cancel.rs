@@ -1,0 +1,201 @@
+//! The cancel keys we hand out and the servers they stand for at this moment. A key works only while its client holds a
+//! server (or waits for one), and a server is let go only after every cancel in flight towards it has landed: a late
+//! cancel can never hit the next client's query. Called by `client/startup.rs` (requests) and `client/session.rs`.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use subtle::ConstantTimeEq;
+use tokio::sync::Notify;
+use tracing::warn;
+
+use crate::server::conn::ServerKey;
+use crate::server::connect::send_cancel;
+
+/// How long a CancelRequest may take to reach Postgres; a server whose cancel is under way is held that long at most.
+const LANDING_MAX: Duration = Duration::from_secs(5);
+
+/// Every key in use.
+#[derive(Default)]
+pub(crate) struct CancelRegistry {
+    slots: Mutex<HashMap<u32, Vec<Registered>>>,
+}
+
+struct Registered {
+    secret: Box<[u8]>,
+    slot: Arc<CancelSlot>,
+}
+
+/// What one client's key stands for now.
+#[derive(Default)]
+pub(crate) struct CancelSlot {
+    held: Mutex<Held>,
+    landed: Notify,
+    /// Rung when a cancel arrives while the client waits for a server.
+    rung: Notify,
+}
+
+#[derive(Default)]
+struct Held {
+    server: Option<Arc<ServerKey>>,
+    waiting: bool,
+    in_flight: u32,
+}
+
+/// A client's key; dropping it makes the key void.
+pub(crate) struct CancelKey {
+    registry: Arc<CancelRegistry>,
+    pub(crate) pid: u32,
+    pub(crate) secret: Box<[u8]>,
+    pub(crate) slot: Arc<CancelSlot>,
+}
+
+impl CancelRegistry {
+    /// A fresh key for a client that is told it runs as backend `pid`. `length`: 4 bytes for protocol 3.0, 32 for 3.2.
+    pub(crate) fn issue(self: &Arc<Self>, pid: u32, length: usize) -> io::Result<CancelKey> {
+        let mut secret = vec![0; length].into_boxed_slice();
+        getrandom::fill(&mut secret).map_err(io::Error::other)?;
+        let slot = Arc::new(CancelSlot::default());
+        let registered = Registered {
+            secret: secret.clone(),
+            slot: Arc::clone(&slot),
+        };
+        lock(&self.slots).entry(pid).or_default().push(registered);
+        Ok(CancelKey {
+            registry: Arc::clone(self),
+            pid,
+            secret,
+            slot,
+        })
+    }
+
+    /// Acts on a CancelRequest; an unknown key is ignored, as Postgres does.
+    pub(crate) async fn cancel(&self, pid: u32, secret: &[u8]) {
+        let slot = lock(&self.slots).get(&pid).and_then(|keys| {
+            // Every key of the pid is compared, in constant time each.
+            let fits = |key: &&Registered| bool::from(key.secret.as_ref().ct_eq(secret));
+            keys.iter()
+                .filter(fits)
+                .map(|key| Arc::clone(&key.slot))
+                .last()
+        });
+        if let Some(slot) = slot {
+            slot.cancel().await;
+        }
+    }
+}
+
+impl CancelSlot {
+    /// The client holds this server from now on.
+    pub(crate) fn hold(&self, server: &Arc<ServerKey>) {
+        lock(&self.held).server = Some(Arc::clone(server));
+    }
+
+    /// The client is about to let its server go; returns once no cancel is under way towards it.
+    pub(crate) async fn release(&self) {
+        loop {
+            let landed = self.landed.notified();
+            {
+                let mut held = lock(&self.held);
+                held.server = None;
+                if held.in_flight == 0 {
+                    return;
+                }
+            }
+            landed.await;
+        }
+    }
+
+    /// Resolves when a cancel arrives while the client waits for a server.
+    pub(crate) async fn cancelled_while_waiting(&self) {
+        lock(&self.held).waiting = true;
+        let _waiting = Waiting(self);
+        self.rung.notified().await;
+    }
+
+    async fn cancel(&self) {
+        let server = {
+            let mut held = lock(&self.held);
+            if held.waiting {
+                self.rung.notify_one();
+                return;
+            }
+            let Some(server) = held.server.clone() else {
+                return;
+            };
+            held.in_flight += 1;
+            server
+        };
+        let _landing = Landing(self);
+        if let Err(error) = send_cancel(&server, LANDING_MAX).await {
+            warn!(host = %server.host, port = server.port, %error, "could not pass a cancel request on");
+        }
+    }
+}
+
+struct Landing<'a>(&'a CancelSlot);
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.held).in_flight -= 1;
+        self.0.landed.notify_waiters();
+    }
+}
+
+struct Waiting<'a>(&'a CancelSlot);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.held).waiting = false;
+    }
+}
+
+impl Drop for CancelKey {
+    fn drop(&mut self) {
+        let mut slots = lock(&self.registry.slots);
+        if let Some(keys) = slots.get_mut(&self.pid) {
+            keys.retain(|key| !Arc::ptr_eq(&key.slot, &self.slot));
+            if keys.is_empty() {
+                slots.remove(&self.pid);
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_key_dies_with_its_client_and_others_stay() {
+        let registry = Arc::new(CancelRegistry::default());
+        let one = registry.issue(7, 4).unwrap();
+        let two = registry.issue(7, 32).unwrap();
+        assert_eq!((one.secret.len(), two.secret.len()), (4, 32));
+        assert_eq!(lock(&registry.slots)[&7].len(), 2);
+        drop(one);
+        assert_eq!(lock(&registry.slots)[&7].len(), 1);
+        drop(two);
+        assert!(lock(&registry.slots).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_waiting_client_is_cancelled_by_the_right_key_only() {
+        let registry = Arc::new(CancelRegistry::default());
+        let key = registry.issue(7, 4).unwrap();
+        let waiting = key.slot.cancelled_while_waiting();
+        tokio::pin!(waiting);
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        registry.cancel(7, &[0; 5]).await;
+        registry.cancel(8, &key.secret).await;
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        registry.cancel(7, &key.secret).await;
+        assert!(futures_util::poll!(&mut waiting).is_ready());
+    }
+}

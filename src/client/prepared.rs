@@ -1,0 +1,493 @@
+//! A client's prepared statements, and what a server must be told so that they exist there too. Names on servers stand
+//! for texts, so clients with equal statements share a server's plan; a client's own names never reach a server, except
+//! where an error must carry them. Writes messages, sends none. Called by `session.rs`.
+//! (protocol-flow.html#PROTOCOL-FLOW-EXT-QUERY)
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::classify::Analysis;
+use crate::client::request::frames;
+use crate::relay::Expected;
+use crate::server::conn::{STATEMENT_PREFIX, ServerConn, StatementId, UnnamedOwner};
+use crate::wire::frame::{HEADER, Header};
+use crate::wire::messages::{
+    Bind, Parse, Target, put_cstr, put_frame, put_parse, put_statement_target,
+};
+
+/// A text some client has prepared.
+pub(super) struct Statement {
+    id: StatementId,
+    text: Box<[u8]>,
+    /// Parameter types as sent in the Parse.
+    types: Box<[u8]>,
+    pub(super) analysis: Arc<Analysis>,
+}
+
+/// Statements by text, across clients; forgets those no client has any more.
+#[derive(Default)]
+pub(crate) struct StatementRegistry {
+    texts: Mutex<HashMap<u64, Vec<Weak<Statement>>>>,
+    hasher: RandomState,
+    next: AtomicU64,
+}
+
+impl StatementRegistry {
+    fn intern(&self, parse: &Parse<'_>, analysis: &Arc<Analysis>) -> Arc<Statement> {
+        let hash = self.hasher.hash_one((parse.text, parse.types));
+        let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        let alike = texts.entry(hash).or_default();
+        let found = alike.iter().filter_map(Weak::upgrade);
+        if let Some(known) = found
+            .into_iter()
+            .find(|s| *s.text == *parse.text && *s.types == *parse.types)
+        {
+            return known;
+        }
+        alike.retain(|statement| statement.strong_count() > 0);
+        let statement = Arc::new(Statement {
+            id: StatementId(self.next.fetch_add(1, Ordering::Relaxed)),
+            text: parse.text.into(),
+            types: parse.types.into(),
+            analysis: Arc::clone(analysis),
+        });
+        alike.push(Arc::downgrade(&statement));
+        if texts.len().is_power_of_two() {
+            texts.retain(|_, alike| alike.iter().any(|statement| statement.strong_count() > 0));
+        }
+        statement
+    }
+}
+
+/// The statements of one client.
+#[derive(Default)]
+pub(super) struct Prepared {
+    named: HashMap<Box<[u8]>, Arc<Statement>>,
+    unnamed: Option<Unnamed>,
+    unnamed_count: u64,
+    /// Changes made by messages whose answers have not come, in order.
+    undo: Vec<Undo>,
+    /// A kept buffer for the unnamed statement's Parse.
+    spare: Vec<u8>,
+}
+
+struct Unnamed {
+    serial: u64,
+    /// The whole Parse; empty if it was too large to keep.
+    parse: Vec<u8>,
+    analysis: Arc<Analysis>,
+}
+
+enum Undo {
+    Named(Box<[u8]>, Option<Arc<Statement>>),
+    /// The unnamed statement is gone if its Parse fails, as in Postgres.
+    Unnamed,
+    Nothing,
+}
+
+/// Parses of the unnamed statement larger than this are not kept for another server.
+const UNNAMED_KEPT_MAX: usize = 1024 * 1024;
+
+/// Whether a batch went to the server's output in a new form or may pass as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Translated {
+    AsItIs,
+    /// The whole batch is in the server's output; of a huge last message, the part that was there.
+    Rewritten,
+}
+
+impl Prepared {
+    /// What the statement `name` is; `None` if there is no such statement.
+    pub(super) fn analysis(&self, name: &[u8]) -> Option<&Arc<Analysis>> {
+        if name.is_empty() {
+            self.unnamed.as_ref().map(|unnamed| &unnamed.analysis)
+        } else {
+            self.named.get(name).map(|statement| &statement.analysis)
+        }
+    }
+
+    pub(super) fn knows(&self, name: &[u8]) -> bool {
+        self.named.contains_key(name)
+    }
+
+    pub(super) fn forget(&mut self, name: &[u8]) {
+        self.named.remove(name);
+    }
+
+    pub(super) fn forget_all(&mut self) {
+        self.named.clear();
+    }
+
+    /// A simple Query drops the unnamed statement.
+    pub(super) fn forget_unnamed(&mut self) {
+        if let Some(unnamed) = self.unnamed.take() {
+            self.spare = unnamed.parse;
+        }
+    }
+
+    /// How many of the last request's own Parse and Close messages succeeded: the rest did nothing.
+    pub(super) fn settle(&mut self, confirmed: usize) {
+        while self.undo.len() > confirmed {
+            match self.undo.pop() {
+                Some(Undo::Named(name, Some(statement))) => {
+                    drop(self.named.insert(name, statement))
+                }
+                Some(Undo::Named(name, None)) => drop(self.named.remove(&name)),
+                Some(Undo::Unnamed) => self.forget_unnamed(),
+                Some(Undo::Nothing) | None => {}
+            }
+        }
+        self.undo.clear();
+    }
+
+    /// Notes what a batch that was answered here prepared and closed.
+    pub(super) fn note_batch(
+        &mut self,
+        batch: &[u8],
+        analyses: &[Arc<Analysis>],
+        registry: &StatementRegistry,
+    ) {
+        let mut analyses = analyses.iter();
+        for (header, frame) in frames(batch) {
+            let body = frame.get(HEADER..).unwrap_or_default();
+            match header.tag {
+                b'P' => {
+                    let (Some(parse), Some(analysis)) = (Parse::read(body), analyses.next()) else {
+                        continue;
+                    };
+                    if parse.name.is_empty() {
+                        self.replace_unnamed(frame, analysis);
+                    } else {
+                        self.named
+                            .insert(parse.name.into(), registry.intern(&parse, analysis));
+                    }
+                }
+                b'C' => match Target::read(body) {
+                    Some(target) if target.kind == b'S' => self.forget(target.name),
+                    Some(_) | None => {}
+                },
+                _ => {}
+            }
+        }
+    }
+
+    fn replace_unnamed(&mut self, frame: &[u8], analysis: &Arc<Analysis>) -> u64 {
+        self.forget_unnamed();
+        self.unnamed_count += 1;
+        let mut parse = std::mem::take(&mut self.spare);
+        parse.clear();
+        if frame.len() <= UNNAMED_KEPT_MAX {
+            parse.extend_from_slice(frame);
+        }
+        self.unnamed = Some(Unnamed {
+            serial: self.unnamed_count,
+            parse,
+            analysis: Arc::clone(analysis),
+        });
+        self.unnamed_count
+    }
+
+    /// Makes `batch` fit for `server`: statements it lacks are sent ahead (their answers to be swallowed), names become
+    /// the server's. `analyses` are those of the batch's Parse messages, in order. `huge` is the full length of the last
+    /// message if only its beginning is in `batch`.
+    pub(super) fn translate(
+        &mut self,
+        client: u64,
+        batch: &[u8],
+        analyses: &[Arc<Analysis>],
+        huge: Option<usize>,
+        server: &mut ServerConn,
+        expected: &mut std::collections::VecDeque<Expected>,
+        registry: &StatementRegistry,
+    ) -> Translated {
+        for name in std::mem::take(&mut server.to_close) {
+            put_statement_target(&mut server.stream.output, b'C', &name);
+            expected.push_back(Expected::OursClosed);
+        }
+        let plain = huge.is_none() && self.passes_as_it_is(client, batch, server);
+        let mut analyses = analyses.iter();
+        let from = batch.len();
+        let mut last_at = 0;
+        for (header, frame) in frames(batch) {
+            last_at += frame.len();
+            let body = frame.get(HEADER..).unwrap_or_default();
+            let whole = if last_at == from {
+                huge.unwrap_or(header.whole)
+            } else {
+                header.whole
+            };
+            let mut step = Step {
+                client,
+                header: Header { whole, ..header },
+                frame,
+                plain,
+                server,
+                expected,
+            };
+            match header.tag {
+                b'P' => match Parse::read(body) {
+                    Some(parse) => self.parse(&mut step, &parse, analyses.next(), registry),
+                    None => {
+                        // A huge one, of which only the beginning is here (a malformed one fails in any case).
+                        if body.first() == Some(&0) {
+                            let serial = self.replace_unnamed(
+                                &[],
+                                &analyses.next().cloned().unwrap_or_else(Analysis::other),
+                            );
+                            step.server.unnamed = Some((client, serial));
+                            step.expected
+                                .push_back(Expected::ParsedUnnamed((client, serial)));
+                        } else {
+                            step.expected.push_back(Expected::Closed(None));
+                        }
+                        self.undo.push(Undo::Nothing);
+                        step.pass();
+                    }
+                },
+                b'B' => match Bind::read(body) {
+                    Some(bind) => self.bind(&mut step, &bind),
+                    None => step.pass(),
+                },
+                b'D' | b'C' => match Target::read(body) {
+                    Some(target) if target.kind == b'S' => {
+                        self.statement_target(&mut step, &target)
+                    }
+                    Some(target) if header.tag == b'C' && target.kind == b'P' => {
+                        self.undo.push(Undo::Nothing);
+                        step.expected.push_back(Expected::Closed(None));
+                        step.pass();
+                    }
+                    _ => step.pass(),
+                },
+                _ => step.pass(),
+            }
+        }
+        if plain {
+            Translated::AsItIs
+        } else {
+            Translated::Rewritten
+        }
+    }
+
+    /// Whether a batch means the same to this server as it stands: it names no named statement, and the unnamed one only
+    /// after a Parse of it, or where the server holds it already.
+    fn passes_as_it_is(&self, client: u64, batch: &[u8], server: &ServerConn) -> bool {
+        let mut unnamed_fits = self.holds_unnamed(client, server);
+        frames(batch).all(|(header, frame)| {
+            let body = frame.get(HEADER..).unwrap_or_default();
+            let name = match header.tag {
+                b'P' => Parse::read(body).map(|parse| parse.name),
+                b'B' => Bind::read(body).map(|bind| bind.statement),
+                b'D' | b'C' => Target::read(body)
+                    .filter(|target| target.kind == b'S')
+                    .map(|target| target.name),
+                _ => None,
+            };
+            unnamed_fits |= header.tag == b'P';
+            // No name: nothing to translate. A malformed message passes too, for Postgres to say so.
+            name.is_none_or(|name| name.is_empty() && unnamed_fits)
+        })
+    }
+
+    /// The server's unnamed statement is this client's, or neither has one.
+    fn holds_unnamed(&self, client: u64, server: &ServerConn) -> bool {
+        match &self.unnamed {
+            Some(unnamed) => server.unnamed == Some((client, unnamed.serial)),
+            None => server.unnamed.is_none(),
+        }
+    }
+
+    fn parse(
+        &mut self,
+        step: &mut Step<'_>,
+        parse: &Parse<'_>,
+        analysis: Option<&Arc<Analysis>>,
+        registry: &StatementRegistry,
+    ) {
+        let Some(analysis) = analysis else {
+            return step.pass();
+        };
+        if parse.name.is_empty() {
+            let serial = self.replace_unnamed(step.frame, analysis);
+            // Postgres drops the old one before it looks at the new one. Messages after this one in the batch find it.
+            step.server.unnamed = Some((step.client, serial));
+            step.expected
+                .push_back(Expected::ParsedUnnamed((step.client, serial)));
+            self.undo.push(Undo::Unnamed);
+            return step.pass();
+        }
+        if self.named.contains_key(parse.name) {
+            // Postgres refuses the second Parse of a name with 42P05, after looking at the text. It shall say so itself,
+            // in the client's words: a statement of that very name is made first.
+            put_parse(&mut step.server.stream.output, parse.name, b"", &[0, 0]);
+            step.expected.push_back(Expected::OursOther);
+            step.server.to_close.push(parse.name.to_vec());
+            step.expected.push_back(Expected::Closed(None));
+            self.undo.push(Undo::Nothing);
+            return step.pass();
+        }
+        let statement = registry.intern(parse, analysis);
+        let id = statement.id;
+        if step.server.statements.knows(id) {
+            // A client that prepares anew wants the text planned anew: a table may have changed.
+            put_statement_target(&mut step.server.stream.output, b'C', &id.server_name());
+            step.expected.push_back(Expected::OursClosed);
+            step.server.statements.remove(id);
+        }
+        put_frame(&mut step.server.stream.output, b'P', |out| {
+            id.put_name(out);
+            out.push(0);
+            put_cstr(out, parse.text);
+            out.extend_from_slice(parse.types);
+        });
+        step.expected.push_back(Expected::Parsed(id));
+        let before = self.named.insert(parse.name.into(), statement);
+        self.undo.push(Undo::Named(parse.name.into(), before));
+    }
+
+    fn bind(&mut self, step: &mut Step<'_>, bind: &Bind<'_>) {
+        if bind.statement.is_empty() {
+            self.bring_unnamed(step);
+            return step.pass();
+        }
+        match self.named.get(bind.statement) {
+            Some(statement) => step.bring(statement),
+            None if !bind.statement.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
+            None => {}
+        }
+        let name = self.server_name(bind.statement);
+        // The new name is longer or shorter than the old one; a huge message's length changes by the same.
+        let whole = step.header.whole - bind.statement.len() + name.len();
+        let here = HEADER + bind.portal.len() + name.len() + 2 + bind.rest.len();
+        let out = &mut step.server.stream.output;
+        out.reserve(here);
+        out.push(b'B');
+        out.extend_from_slice(&u32::try_from(whole - 1).unwrap_or(u32::MAX).to_be_bytes());
+        put_cstr(out, bind.portal);
+        put_cstr(out, &name);
+        out.extend_from_slice(bind.rest);
+    }
+
+    fn statement_target(&mut self, step: &mut Step<'_>, target: &Target<'_>) {
+        if step.header.tag == b'C' {
+            let before = if target.name.is_empty() {
+                self.forget_unnamed();
+                step.server.unnamed = None;
+                None
+            } else {
+                self.named.remove(target.name)
+            };
+            self.undo.push(before.map_or(Undo::Nothing, |before| {
+                Undo::Named(target.name.into(), Some(before))
+            }));
+            // Others may still use the server's statement, so the server closes a name it does not have: no error, and
+            // the answer comes in its turn.
+            step.expected.push_back(Expected::Closed(None));
+            return step.pass();
+        }
+        if target.name.is_empty() {
+            self.bring_unnamed(step);
+            return step.pass();
+        }
+        match self.named.get(target.name) {
+            Some(statement) => step.bring(statement),
+            None if !target.name.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
+            None => {}
+        }
+        put_statement_target(
+            &mut step.server.stream.output,
+            b'D',
+            &self.server_name(target.name),
+        );
+    }
+
+    fn server_name(&self, name: &[u8]) -> Vec<u8> {
+        match self.named.get(name) {
+            Some(statement) => statement.id.server_name(),
+            // A name like ours that is not the client's: it must not meet one of ours.
+            None => [name, b" "].concat(),
+        }
+    }
+
+    /// Makes sure that the server's unnamed statement is this client's, or is none if it has none.
+    fn bring_unnamed(&mut self, step: &mut Step<'_>) {
+        if self.holds_unnamed(step.client, step.server) {
+            return;
+        }
+        match &self.unnamed {
+            Some(unnamed) if !unnamed.parse.is_empty() => {
+                step.server.stream.output.extend_from_slice(&unnamed.parse);
+                let owner: UnnamedOwner = (step.client, unnamed.serial);
+                step.server.unnamed = Some(owner);
+                step.expected.push_back(Expected::OursParsedUnnamed(owner));
+            }
+            Some(_) | None => {
+                put_statement_target(&mut step.server.stream.output, b'C', b"");
+                step.server.unnamed = None;
+                step.expected.push_back(Expected::OursClosed);
+            }
+        }
+    }
+
+    /// SQL's EXECUTE or DEALLOCATE of a statement prepared by message: gives it to the server under the client's own
+    /// name, ahead of the Query that names it.
+    pub(super) fn lend(
+        &self,
+        name: &[u8],
+        server: &mut ServerConn,
+        expected: &mut std::collections::VecDeque<Expected>,
+    ) {
+        let Some(statement) = self.named.get(name) else {
+            return;
+        };
+        put_parse(
+            &mut server.stream.output,
+            name,
+            &statement.text,
+            &statement.types,
+        );
+        expected.push_back(Expected::OursOther);
+        server.to_close.push(name.to_vec());
+    }
+}
+
+/// One message of a batch on its way.
+struct Step<'a> {
+    client: u64,
+    header: Header,
+    frame: &'a [u8],
+    /// The batch passes as it is; only the books are kept.
+    plain: bool,
+    server: &'a mut ServerConn,
+    expected: &'a mut std::collections::VecDeque<Expected>,
+}
+
+impl Step<'_> {
+    fn pass(&mut self) {
+        if !self.plain {
+            self.server.stream.output.extend_from_slice(self.frame);
+        }
+    }
+
+    /// Sends a statement ahead if the server lacks it.
+    fn bring(&mut self, statement: &Statement) {
+        let underway = [
+            Expected::Parsed(statement.id),
+            Expected::OursParsed(statement.id),
+        ];
+        if self.server.statements.knows(statement.id)
+            || self.expected.iter().any(|answer| underway.contains(answer))
+        {
+            return;
+        }
+        put_parse(
+            &mut self.server.stream.output,
+            &statement.id.server_name(),
+            &statement.text,
+            &statement.types,
+        );
+        self.expected.push_back(Expected::OursParsed(statement.id));
+    }
+}

@@ -1,0 +1,178 @@
+//! What every client's task is given: handles to the mechanisms, and the counters of what went where. Built once by
+//! `app.rs`; holds no state of its own beyond counters.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::watch;
+
+use super::prepared::StatementRegistry;
+use super::run_tokens::RunTokens;
+use super::state::{PIN_REASONS, PinReason, Pins};
+use super::verifiers::Verifiers;
+use crate::cancel::CancelRegistry;
+use crate::classify::Classifier;
+use crate::config::{self, AuthMethod, ClientTls, PoolMode};
+use crate::events::Hubs;
+use crate::metrics::{Counter, Gauge, Registry};
+use crate::pool::checkout::{ClientIds, Pools};
+use crate::pool::probe::Freshness;
+use crate::route::RouteSettings;
+use crate::upstream::Upstream;
+
+/// How far a shutdown has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Running {
+    Serving,
+    /// No new clients, no new transactions.
+    Draining,
+}
+
+pub(crate) struct Shared {
+    pub(crate) listen: config::Listen,
+    pub(crate) auth: AuthMethod,
+    pub(crate) pool_mode: PoolMode,
+    pub(crate) client_tls: ClientTls,
+    pub(crate) tls: Option<tokio_rustls::TlsAcceptor>,
+    pub(crate) verifiers: Verifiers,
+    pub(crate) pools: Arc<Pools>,
+    pub(crate) cancels: Arc<CancelRegistry>,
+    pub(crate) clients: ClientIds,
+    pub(crate) seats: Seats,
+    pub(crate) classifier: Classifier,
+    pub(crate) statements: StatementRegistry,
+    pub(crate) hubs: Arc<Hubs>,
+    /// `None`: no replicas.
+    pub(crate) freshness: Option<Freshness>,
+    /// The primary, then the replicas.
+    pub(crate) upstreams: Vec<Arc<Upstream>>,
+    pub(crate) runs: RunTokens,
+    pub(crate) route: RouteSettings,
+    pub(crate) replica_wait: std::time::Duration,
+    pub(crate) counters: Counters,
+    pub(crate) running: watch::Receiver<Running>,
+}
+
+/// Places for clients, `pool.max_clients` of them.
+pub(crate) struct Seats {
+    taken: AtomicUsize,
+    places: usize,
+}
+
+impl Seats {
+    pub(crate) fn new(places: usize) -> Self {
+        Self {
+            taken: AtomicUsize::new(0),
+            places,
+        }
+    }
+
+    /// A seat, unless all are taken.
+    pub(crate) fn take(shared: &Arc<Shared>) -> Option<Seat> {
+        let seats = &shared.seats;
+        let taken = seats.taken.fetch_add(1, Ordering::Relaxed);
+        shared.counters.clients.add(1);
+        let seat = Seat(Arc::clone(shared));
+        (taken < seats.places).then_some(seat)
+    }
+}
+
+/// One client's place; dropping it frees it.
+pub(crate) struct Seat(Arc<Shared>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.seats.taken.fetch_sub(1, Ordering::Relaxed);
+        self.0.counters.clients.sub(1);
+    }
+}
+
+/// What went where.
+pub(crate) struct Counters {
+    pub(crate) clients: Arc<Gauge>,
+    pub(crate) logins: Arc<Counter>,
+    pub(crate) logins_failed: Arc<Counter>,
+    pub(crate) refused_full: Arc<Counter>,
+    /// Requests by where they went.
+    pub(crate) to_primary: Arc<Counter>,
+    pub(crate) to_replica: Arc<Counter>,
+    pub(crate) answered_here: Arc<Counter>,
+    /// Reads that might have gone to a replica, and why they did not.
+    pub(crate) replica_not_fresh: Arc<Counter>,
+    pub(crate) replica_refused: Arc<Counter>,
+    pub(crate) cancels: Arc<Counter>,
+    pub(crate) notifications: Arc<Counter>,
+    pub(crate) protocol_errors: Arc<Counter>,
+    pins: Vec<(PinReason, Arc<Counter>)>,
+}
+
+impl Counters {
+    pub(crate) fn new(registry: &Registry) -> Self {
+        let counter = |name, help| registry.counter(name, help, &[]);
+        let requests = |to| {
+            registry.counter(
+                "flowgate_requests_total",
+                "requests by where they were answered",
+                &[("to", to)],
+            )
+        };
+        let kept = |why| {
+            let help = "workflow reads that went to the primary although replicas exist";
+            registry.counter("flowgate_reads_kept_total", help, &[("why", why)])
+        };
+        let pin = |&(reason, name): &(PinReason, &str)| {
+            let help = "clients tied to one server, by reason";
+            (
+                reason,
+                registry.counter("flowgate_pins_total", help, &[("reason", name)]),
+            )
+        };
+        Self {
+            clients: registry.gauge("flowgate_clients", "clients connected", &[]),
+            logins: counter("flowgate_logins_total", "clients logged in"),
+            logins_failed: counter("flowgate_logins_failed_total", "logins refused"),
+            refused_full: counter(
+                "flowgate_clients_refused_total",
+                "clients refused because pool.max_clients were connected",
+            ),
+            to_primary: requests("primary"),
+            to_replica: requests("replica"),
+            answered_here: requests("flowgate"),
+            replica_not_fresh: kept("not_fresh"),
+            replica_refused: kept("refused"),
+            cancels: counter("flowgate_cancels_total", "cancel requests received"),
+            notifications: counter(
+                "flowgate_notifications_total",
+                "notifications written to clients",
+            ),
+            protocol_errors: counter(
+                "flowgate_protocol_errors_total",
+                "connections closed because the client broke the protocol",
+            ),
+            pins: PIN_REASONS.iter().map(pin).collect(),
+        }
+    }
+
+    /// Counts the reasons that are new.
+    pub(crate) fn count_pins(&self, before: Pins, now: Pins) {
+        let new = now.without(before);
+        if new.is_empty() {
+            return;
+        }
+        for (_, counter) in self.pins.iter().filter(|(reason, _)| new.contains(*reason)) {
+            counter.inc();
+        }
+    }
+
+    pub(crate) fn pins(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let name = |reason| {
+            PIN_REASONS
+                .iter()
+                .find(|(known, _)| *known == reason)
+                .map_or("", |(_, name)| name)
+        };
+        self.pins
+            .iter()
+            .map(move |(reason, counter)| (name(*reason), counter.get()))
+    }
+}

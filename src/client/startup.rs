@@ -1,0 +1,382 @@
+//! From an accepted socket to a session: SSLRequest, GSSENCRequest, CancelRequest or StartupMessage → TLS → authentication →
+//! the first ReadyForQuery. Each step happens once and hands over to the next; errors are told to the client here.
+//! (protocol-flow.html#PROTOCOL-FLOW-START-UP)
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::time::{Duration, timeout};
+use tracing::{debug, info};
+
+use super::auth;
+use super::console;
+use super::error::{SessionError, login_refused};
+use super::session::{LoggedIn, Session};
+use super::shared::{Running, Seats, Shared};
+use crate::config::{AuthMethod, ClientTls, PoolMode};
+use crate::pool::checkout::Wish;
+use crate::server::auth::Credentials;
+use crate::server::parameters::Opening;
+use crate::wire::error_response::ErrorResponse;
+use crate::wire::messages::{
+    TxStatus, put_authentication, put_backend_key, put_frame, put_negotiate, put_parameter_status,
+    put_ready,
+};
+use crate::wire::startup::{self, PROTOCOL_MINOR_MAX, Packet, Startup, StartupError};
+use crate::wire::stream::{Stream, Transport};
+
+/// The database that is the admin console.
+const CONSOLE: &str = "flowgate";
+/// A TLS ClientHello's first byte: direct TLS, without an SSLRequest.
+const TLS_HANDSHAKE: u8 = 0x16;
+/// A client that gets its farewell has this long to take it.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
+const SECRET_LEN: usize = 4;
+/// From protocol 3.2 on cancel keys may be longer. (protocol-message-formats.html, BackendKeyData)
+const SECRET_LEN_3_2: usize = 32;
+
+/// A client's whole life.
+pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
+    let seat = Seats::take(&shared);
+    let within = shared.listen.login_timeout;
+    let arrival = timeout(within, Box::pin(arrive(tcp, &shared, seat.is_some()))).await;
+    match arrival {
+        Ok(Ok(Arrival::Session(mut session))) => {
+            let ended = session.run().await;
+            if let Err(error) = &ended {
+                note(peer, error, &shared);
+                farewell(&mut session.client, error).await;
+            }
+            session.part().await;
+        }
+        Ok(Ok(Arrival::Console(mut client))) => {
+            if let Err(error) = console::serve(&mut client, &shared).await {
+                debug!(%peer, %error, "console client left");
+            }
+        }
+        Ok(Ok(Arrival::Nothing)) => {}
+        Ok(Err(Refusal { client, error })) => {
+            shared.counters.logins_failed.inc();
+            note(peer, &error, &shared);
+            if let Some(mut client) = client {
+                farewell(&mut client, &error).await;
+            }
+        }
+        Err(_late) => {
+            shared.counters.logins_failed.inc();
+            debug!(%peer, "client did not log in in time");
+        }
+    }
+}
+
+enum Arrival {
+    Session(Box<Session>),
+    Console(Stream),
+    /// A cancel request, or somebody who just looked in.
+    Nothing,
+}
+
+/// Why there will be no session, and the stream to say it on.
+struct Refusal {
+    client: Option<Stream>,
+    error: SessionError,
+}
+
+async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Arrival, Refusal> {
+    let mut client = match greet(tcp, shared).await {
+        Ok(client) => client,
+        Err(error) => {
+            return Err(Refusal {
+                client: None,
+                error,
+            });
+        }
+    };
+    match introduce(&mut client, shared, seated).await {
+        Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
+        Ok(Introduced::Console) => Ok(Arrival::Console(client)),
+        Ok(Introduced::User(login)) => {
+            let login = LoggedIn {
+                id: login.id,
+                client,
+                opening: login.opening,
+                application_name: login.application_name,
+                key: login.key,
+                reported: login.reported,
+                session_mode: shared.pool_mode == PoolMode::Session,
+            };
+            Ok(Arrival::Session(Box::new(Session::new(
+                login,
+                Arc::clone(shared),
+            ))))
+        }
+        Err(error) => Err(Refusal {
+            client: Some(client),
+            error,
+        }),
+    }
+}
+
+/// Direct TLS, or a stream on which the first packet is still to come.
+async fn greet(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> {
+    let mut first = [0];
+    if tcp.peek(&mut first).await? == 1 && first[0] == TLS_HANDSHAKE {
+        let stream = encrypt(tcp, shared).await?;
+        let Transport::TlsServer(tls) = stream.transport() else {
+            return Ok(stream);
+        };
+        // Without ALPN a confused protocol could get this far. (protocol-flow.html#PROTOCOL-FLOW-SSL)
+        if tls.get_ref().1.alpn_protocol() != Some(b"postgresql") {
+            return Err(SessionError::Tls(io::Error::other(
+                "direct TLS without ALPN protocol \"postgresql\"",
+            )));
+        }
+        return Ok(stream);
+    }
+    Ok(Stream::new(Transport::Plain(tcp)))
+}
+
+async fn encrypt(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> {
+    let Some(acceptor) = &shared.tls else {
+        return Err(SessionError::Tls(io::Error::other("TLS is not configured")));
+    };
+    let tls = acceptor.accept(tcp).await.map_err(SessionError::Tls)?;
+    Ok(Stream::new(Transport::TlsServer(Box::new(tls))))
+}
+
+enum Introduced {
+    Nothing,
+    Console,
+    User(Box<User>),
+}
+
+struct User {
+    id: u64,
+    opening: Arc<Opening>,
+    application_name: String,
+    key: crate::cancel::CancelKey,
+    reported: crate::server::parameters::Reported,
+}
+
+async fn introduce(
+    client: &mut Stream,
+    shared: &Arc<Shared>,
+    seated: bool,
+) -> Result<Introduced, SessionError> {
+    let startup = loop {
+        let Some(packet) = next_packet(client).await? else {
+            return Ok(Introduced::Nothing);
+        };
+        match packet {
+            Packet::SslRequest => answer_ssl(client, shared).await?,
+            Packet::GssEncRequest => answer(client, b"N").await?,
+            Packet::Cancel { pid, secret } => {
+                shared.counters.cancels.inc();
+                shared.cancels.cancel(pid, &secret).await;
+                return Ok(Introduced::Nothing);
+            }
+            Packet::Startup(startup) => break startup,
+        }
+    };
+    if !seated {
+        shared.counters.refused_full.inc();
+        return Err(refused("53300", "sorry, too many clients already"));
+    }
+    if *shared.running.borrow() == Running::Draining {
+        return Err(refused("57P03", "the database system is shutting down"));
+    }
+    let encrypted = !matches!(client.transport(), Transport::Plain(_));
+    if shared.client_tls == ClientTls::Require && !encrypted {
+        return Err(refused("28000", "connection requires TLS"));
+    }
+    negotiate(client, &startup);
+    let login = Login::read(&startup)?;
+    let credentials = match shared.auth {
+        AuthMethod::Trust => Credentials::None,
+        AuthMethod::Scram => auth::scram(client, &shared.verifiers, &login.opening.user).await?,
+    };
+    if login.opening.database == CONSOLE {
+        put_authentication(&mut client.output, 0, &[]);
+        console::put_greeting(&mut client.output);
+        client.flush().await?;
+        return Ok(Introduced::Console);
+    }
+    shared.pools.share_credentials(&login.opening, &credentials);
+    let pool = shared.pools.pool(&login.opening, 0);
+    let id = shared.clients.next();
+    let wish = Wish {
+        client: id,
+        opening: &login.opening,
+        application_name: &login.application_name,
+    };
+    let mut seen = pool.log_in(wish).await.map_err(login_refused)?;
+    if seen.reported.find("application_name").is_some() {
+        seen.reported
+            .set("application_name", &login.application_name);
+    }
+    let secret_len = if startup.minor >= 2 {
+        SECRET_LEN_3_2
+    } else {
+        SECRET_LEN
+    };
+    let key = shared.cancels.issue(seen.pid, secret_len)?;
+    put_authentication(&mut client.output, 0, &[]);
+    for (name, value) in seen.reported.iter() {
+        put_parameter_status(&mut client.output, name, value);
+    }
+    put_backend_key(&mut client.output, key.pid, &key.secret);
+    put_ready(&mut client.output, TxStatus::Idle);
+    client.flush().await?;
+    shared.counters.logins.inc();
+    let (opening, application_name) = (login.opening, login.application_name);
+    Ok(Introduced::User(Box::new(User {
+        id,
+        opening,
+        application_name,
+        key,
+        reported: seen.reported,
+    })))
+}
+
+/// What a StartupMessage asks for.
+struct Login {
+    opening: Arc<Opening>,
+    application_name: String,
+}
+
+impl Login {
+    fn read(startup: &Startup) -> Result<Self, SessionError> {
+        let user = startup
+            .parameter("user")
+            .filter(|user| !user.is_empty())
+            .ok_or(StartupError::NoUser)?;
+        let database = startup
+            .parameter("database")
+            .filter(|database| !database.is_empty())
+            .unwrap_or(user);
+        let application_name = startup.parameter("application_name").unwrap_or_default();
+        if !matches!(
+            startup.parameter("replication"),
+            None | Some("false" | "off" | "no" | "0")
+        ) {
+            return Err(refused(
+                "0A000",
+                "replication connections are not supported",
+            ));
+        }
+        let ours = |name: &str| {
+            matches!(
+                name,
+                "user" | "database" | "application_name" | "replication"
+            ) || name.starts_with("_pq_.")
+        };
+        let mut options: Vec<_> = startup
+            .parameters
+            .iter()
+            .filter(|(name, _)| !ours(name))
+            .cloned()
+            .collect();
+        options.sort();
+        let opening = Opening {
+            user: user.to_owned(),
+            database: database.to_owned(),
+            options,
+        };
+        Ok(Self {
+            opening: Arc::new(opening),
+            application_name: application_name.to_owned(),
+        })
+    }
+}
+
+/// Tells a client that asks for more than we speak what we do speak.
+fn negotiate(client: &mut Stream, startup: &Startup) {
+    let unknown: Vec<_> = startup
+        .parameters
+        .iter()
+        .map(|(name, _)| name.as_str())
+        .filter(|n| n.starts_with("_pq_."))
+        .collect();
+    if startup.minor > PROTOCOL_MINOR_MAX || !unknown.is_empty() {
+        put_negotiate(
+            &mut client.output,
+            startup.minor.min(PROTOCOL_MINOR_MAX),
+            &unknown,
+        );
+    }
+}
+
+async fn next_packet(client: &mut Stream) -> Result<Option<Packet>, SessionError> {
+    loop {
+        let bytes = client.input.bytes();
+        let length = startup::packet_len(bytes)?;
+        if let Some(packet) = length.and_then(|length| bytes.get(..length)) {
+            let packet = startup::read(packet);
+            client.input.consume(length.unwrap_or_default());
+            return Ok(Some(packet?));
+        }
+        if client.fill(length.unwrap_or(4)).await? == 0 {
+            // A port scan or a health check; nobody to answer.
+            return Ok(None);
+        }
+    }
+}
+
+async fn answer_ssl(client: &mut Stream, shared: &Shared) -> Result<(), SessionError> {
+    let plain = matches!(client.transport(), Transport::Plain(_));
+    if shared.tls.is_none() || !plain {
+        return answer(client, b"N").await;
+    }
+    // What came before the handshake came unencrypted, from whomever. (CVE-2021-23214)
+    if !client.input.is_empty() {
+        return Err(SessionError::Protocol(
+            "received unencrypted data after SSL request",
+        ));
+    }
+    answer(client, b"S").await?;
+    let placeholder = Stream::new(Transport::Gone);
+    if let Transport::Plain(tcp) = std::mem::replace(client, placeholder).into_transport() {
+        *client = encrypt(tcp, shared).await?;
+    }
+    Ok(())
+}
+
+async fn answer(client: &mut Stream, byte: &[u8]) -> Result<(), SessionError> {
+    client.output.extend_from_slice(byte);
+    Ok(client.flush().await?)
+}
+
+fn refused(code: &'static str, message: &str) -> SessionError {
+    SessionError::Refused(Box::new(ErrorResponse::fatal(code, message)))
+}
+
+fn note(peer: SocketAddr, error: &SessionError, shared: &Shared) {
+    if matches!(
+        error,
+        SessionError::Frame(_) | SessionError::Startup(_) | SessionError::Protocol(_)
+    ) {
+        shared.counters.protocol_errors.inc();
+    }
+    match error {
+        SessionError::RefusedByServer(_) => debug!(%peer, %error, "login refused"),
+        _ if error.is_routine() => debug!(%peer, %error, "client's connection ended"),
+        _ => info!(%peer, %error, "client's connection ended"),
+    }
+}
+
+async fn farewell(client: &mut Stream, error: &SessionError) {
+    match (error, error.farewell()) {
+        (SessionError::RefusedByServer(body), _) => {
+            put_frame(&mut client.output, b'E', |out| out.extend_from_slice(body))
+        }
+        (_, Some(response)) => response.put(&mut client.output),
+        (_, None) => return,
+    }
+    if !matches!(timeout(FAREWELL_MAX, client.flush()).await, Ok(Ok(()))) {
+        debug!("client did not take its farewell");
+        return;
+    }
+    client.close().await;
+}

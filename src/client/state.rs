@@ -1,0 +1,360 @@
+//! What a client's session has come to hold: settings, and reasons to stay on one server. Follows transactions: a SET
+//! counts when it commits. Pure; fed by `session.rs` with what each request did and how it ended.
+
+use std::sync::Arc;
+
+use crate::classify::Effect;
+use crate::server::settings::Settings;
+use crate::wire::messages::TxStatus;
+
+/// Why only one server will do for a client from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum PinReason {
+    SessionMode,
+    TempObject,
+    AdvisoryLock,
+    HoldCursor,
+    SqlPrepare,
+    Load,
+    SetConfig,
+    Unfollowed,
+}
+
+pub(crate) const PIN_REASONS: [(PinReason, &str); 8] = [
+    (PinReason::SessionMode, "session_mode"),
+    (PinReason::TempObject, "temp_object"),
+    (PinReason::AdvisoryLock, "advisory_lock"),
+    (PinReason::HoldCursor, "hold_cursor"),
+    (PinReason::SqlPrepare, "sql_prepare"),
+    (PinReason::Load, "load"),
+    (PinReason::SetConfig, "set_config"),
+    (PinReason::Unfollowed, "unfollowed"),
+];
+
+/// A set of reasons.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pins(u8);
+
+impl Pins {
+    fn bit(reason: PinReason) -> u8 {
+        1 << reason as u8
+    }
+
+    pub(crate) fn contains(self, reason: PinReason) -> bool {
+        self.0 & Self::bit(reason) != 0
+    }
+
+    fn insert(&mut self, reason: PinReason) {
+        self.0 |= Self::bit(reason);
+    }
+
+    fn remove(&mut self, reason: PinReason) {
+        self.0 &= !Self::bit(reason);
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(crate) fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ending {
+    pub(crate) failed: bool,
+    /// The last command was a rollback, asked for or forced.
+    pub(crate) rolled_back: bool,
+    pub(crate) before: TxStatus,
+    pub(crate) after: TxStatus,
+}
+
+/// What the session must do about its server, the hub and its prepared statements.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Consequences {
+    /// Settings were reset to the session's start values: the server's own name for the application is back.
+    pub(crate) reset: bool,
+    pub(crate) settings_changed: bool,
+    pub(crate) deallocated_all: bool,
+    pub(crate) discarded_all: bool,
+    /// The transaction that just ended ran LISTEN or UNLISTEN.
+    pub(crate) subscriptions: bool,
+}
+
+/// The session's own state.
+pub(crate) struct State {
+    pub(crate) settings: Arc<Settings>,
+    start: Arc<Settings>,
+    pub(crate) pins: Pins,
+    /// Effects of the open transaction that count when it commits.
+    uncommitted: Vec<Effect>,
+}
+
+impl State {
+    pub(crate) fn new(application_name: &str, session_mode: bool) -> Self {
+        let start = Arc::new(Settings::named(application_name));
+        let mut pins = Pins::default();
+        if session_mode {
+            pins.insert(PinReason::SessionMode);
+        }
+        Self {
+            settings: Arc::clone(&start),
+            start,
+            pins,
+            uncommitted: Vec::new(),
+        }
+    }
+
+    /// Whether the transaction under way ran LISTEN or UNLISTEN.
+    pub(crate) fn awaits_subscriptions(&self) -> bool {
+        self.uncommitted.iter().any(is_subscription)
+    }
+
+    /// The LISTENs and UNLISTENs of the transaction under way, in order.
+    pub(crate) fn subscriptions(&self) -> impl Iterator<Item = &Effect> {
+        self.uncommitted
+            .iter()
+            .filter(|effect| is_subscription(effect))
+    }
+
+    /// Takes in what a request did. Call `forget_transaction` once the consequences have been seen to.
+    pub(crate) fn request_ended(
+        &mut self,
+        effects: &[Effect],
+        statements: usize,
+        ending: Ending,
+    ) -> Consequences {
+        let mut consequences = Consequences::default();
+        // Several statements, some of which may have taken effect before one failed (a COMMIT among them).
+        let unclear = ending.failed && statements > 1 && effects.iter().any(leaves_a_trace);
+        if unclear {
+            self.pins.insert(PinReason::Unfollowed);
+        }
+        for effect in effects {
+            // These outlive a rollback, and a failure in the same statement.
+            match effect {
+                Effect::AdvisorySession => self.pins.insert(PinReason::AdvisoryLock),
+                Effect::Load => self.pins.insert(PinReason::Load),
+                Effect::Unfollowed => self.pins.insert(PinReason::Unfollowed),
+                _ if ending.failed => {}
+                Effect::AdvisoryUnlockAll => self.pins.remove(PinReason::AdvisoryLock),
+                Effect::TempObject => self.pins.insert(PinReason::TempObject),
+                Effect::DeclareHold => self.pins.insert(PinReason::HoldCursor),
+                Effect::Prepare(_) => self.pins.insert(PinReason::SqlPrepare),
+                Effect::SetConfig => self.pins.insert(PinReason::SetConfig),
+                Effect::DeallocateAll => {
+                    self.pins.remove(PinReason::SqlPrepare);
+                    consequences.deallocated_all = true;
+                }
+                Effect::DiscardAll => {
+                    self.pins = if self.pins.contains(PinReason::SessionMode) {
+                        Pins(1)
+                    } else {
+                        Pins::default()
+                    };
+                    consequences.discarded_all = true;
+                    self.uncommitted.push(effect.clone());
+                }
+                Effect::Set { .. } | Effect::Reset(_) | Effect::ResetAll => {
+                    self.uncommitted.push(effect.clone())
+                }
+                Effect::Listen(_) | Effect::Unlisten(_) | Effect::UnlistenAll => {
+                    self.uncommitted.push(effect.clone())
+                }
+                Effect::Transaction if ending.rolled_back && ending.after != TxStatus::Idle => {
+                    // ROLLBACK TO a savepoint: which SETs it undid is the server's knowledge alone.
+                    if self.uncommitted.iter().any(leaves_a_trace) {
+                        self.pins.insert(PinReason::Unfollowed);
+                    }
+                }
+                Effect::SetLocal
+                | Effect::Notify
+                | Effect::DiscardOther
+                | Effect::Execute(_)
+                | Effect::Deallocate(_)
+                | Effect::Copy
+                | Effect::Transaction => {}
+            }
+        }
+        if ending.after == TxStatus::Idle {
+            consequences.subscriptions = self.awaits_subscriptions();
+            // A transaction that ends in an error is rolled back; so is one whose last word is ROLLBACK.
+            let lost = ending.failed || ending.rolled_back && ending.before != TxStatus::Idle;
+            if !lost {
+                self.commit(&mut consequences);
+            }
+        }
+        consequences
+    }
+
+    /// The transaction is over and its consequences are seen to.
+    pub(crate) fn forget_transaction(&mut self) {
+        self.uncommitted.clear();
+    }
+
+    fn commit(&mut self, consequences: &mut Consequences) {
+        for effect in &self.uncommitted {
+            match effect {
+                Effect::Set { name, sql } => Arc::make_mut(&mut self.settings).set(name, sql),
+                Effect::Reset(name) if name == "application_name" => {
+                    self.settings = Arc::new(self.settings.renamed_as(&self.start));
+                    consequences.reset = true;
+                }
+                Effect::Reset(name) => Arc::make_mut(&mut self.settings).unset(name),
+                Effect::ResetAll => {
+                    Arc::make_mut(&mut self.settings).unset_all();
+                    self.settings = Arc::new(self.settings.renamed_as(&self.start));
+                    consequences.reset = true;
+                }
+                Effect::DiscardAll => {
+                    self.settings = Arc::clone(&self.start);
+                    consequences.reset = true;
+                }
+                _ => continue,
+            }
+            consequences.settings_changed = true;
+        }
+    }
+}
+
+fn is_subscription(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::Listen(_) | Effect::Unlisten(_) | Effect::UnlistenAll
+    )
+}
+
+fn leaves_a_trace(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::Set { .. }
+            | Effect::Reset(_)
+            | Effect::ResetAll
+            | Effect::DiscardAll
+            | Effect::SetConfig
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(name: &str, value: &str) -> Effect {
+        Effect::Set {
+            name: name.into(),
+            sql: format!("SET {name} TO {value}"),
+        }
+    }
+
+    fn ending(failed: bool, rolled_back: bool, before: TxStatus, after: TxStatus) -> Ending {
+        Ending {
+            failed,
+            rolled_back,
+            before,
+            after,
+        }
+    }
+
+    fn script(state: &State) -> String {
+        Settings::named("app").script_to(&state.settings)
+    }
+
+    #[test]
+    fn a_set_counts_at_once_outside_a_transaction_and_at_commit_inside() {
+        use TxStatus::{Idle, InTransaction};
+        let mut state = State::new("app", false);
+        let consequences =
+            state.request_ended(&[set("a", "1")], 1, ending(false, false, Idle, Idle));
+        assert!(consequences.settings_changed);
+        assert_eq!(script(&state), "SET a TO 1;");
+        state.forget_transaction();
+        state.request_ended(
+            &[set("a", "2")],
+            1,
+            ending(false, false, InTransaction, InTransaction),
+        );
+        assert_eq!(script(&state), "SET a TO 1;");
+        state.request_ended(
+            &[Effect::Transaction],
+            1,
+            ending(false, false, InTransaction, Idle),
+        );
+        assert_eq!(script(&state), "SET a TO 2;");
+    }
+
+    #[test]
+    fn a_rolled_back_set_never_was() {
+        use TxStatus::{Failed, Idle, InTransaction};
+        let mut state = State::new("app", false);
+        state.request_ended(
+            &[set("a", "2")],
+            1,
+            ending(false, false, InTransaction, InTransaction),
+        );
+        state.request_ended(&[Effect::Transaction], 1, ending(false, true, Failed, Idle));
+        state.forget_transaction();
+        assert_eq!(script(&state), "");
+        state.request_ended(&[set("a", "nonsense")], 1, ending(true, false, Idle, Idle));
+        state.forget_transaction();
+        assert_eq!(script(&state), "");
+        assert!(state.pins.is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_followed_pins() {
+        use TxStatus::{Idle, InTransaction};
+        let mut state = State::new("app", false);
+        state.request_ended(
+            &[set("a", "1"), set("b", "1")],
+            3,
+            ending(true, false, Idle, Idle),
+        );
+        assert!(state.pins.contains(PinReason::Unfollowed));
+        let mut state = State::new("app", false);
+        state.request_ended(
+            &[set("a", "1")],
+            1,
+            ending(false, false, InTransaction, InTransaction),
+        );
+        state.request_ended(
+            &[Effect::Transaction],
+            1,
+            ending(false, true, InTransaction, InTransaction),
+        );
+        assert!(state.pins.contains(PinReason::Unfollowed));
+    }
+
+    #[test]
+    fn discard_all_releases_and_session_mode_does_not_end() {
+        use TxStatus::Idle;
+        let mut state = State::new("app", true);
+        state.request_ended(
+            &[Effect::AdvisorySession, set("a", "1")],
+            1,
+            ending(false, false, Idle, Idle),
+        );
+        state.forget_transaction();
+        let consequences =
+            state.request_ended(&[Effect::DiscardAll], 1, ending(false, false, Idle, Idle));
+        assert!(consequences.discarded_all && consequences.reset);
+        assert_eq!(script(&state), "");
+        assert!(
+            state.pins.contains(PinReason::SessionMode)
+                && !state.pins.contains(PinReason::AdvisoryLock)
+        );
+    }
+
+    #[test]
+    fn an_advisory_lock_outlives_the_error_that_followed_it() {
+        let mut state = State::new("app", false);
+        state.request_ended(
+            &[Effect::AdvisorySession],
+            1,
+            ending(true, false, TxStatus::Idle, TxStatus::Idle),
+        );
+        assert!(state.pins.contains(PinReason::AdvisoryLock));
+    }
+}

@@ -1,0 +1,166 @@
+//! Password verifiers of clients: from a users file, or asked of Postgres by the control role (`auth.query`). Knows no
+//! exchange, `auth.rs` does. (DESIGN §5; PgBouncer's `auth_file` and `auth_query` are the model)
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+use tracing::warn;
+
+use crate::config::{self, ConnectUrl};
+use crate::server::control;
+use crate::wire::scram::Verifier;
+
+#[derive(Debug, Error)]
+pub enum VerifierError {
+    #[error("auth.users_file: {0}")]
+    File(#[source] std::io::Error),
+    #[error("auth.users_file: line {0} is not `\"user\" \"secret\"`")]
+    Line(usize),
+    #[error("auth.query: {0}")]
+    Query(String),
+}
+
+/// How long the control role may take to answer.
+const QUERY_MAX: Duration = Duration::from_secs(5);
+const APPLICATION: &str = "flowgate auth";
+/// The salt of verifiers made from plain passwords has as many bytes as Postgres uses.
+const SALT_LEN: usize = 16;
+
+pub(crate) struct Verifiers {
+    file: HashMap<String, Verifier>,
+    control: ConnectUrl,
+    query: String,
+    client: Mutex<Option<tokio_postgres::Client>>,
+    /// Makes mock verifiers of unknown users.
+    pub(super) mock_secret: [u8; 32],
+}
+
+impl Verifiers {
+    pub(crate) fn new(auth: &config::Auth, control: &ConnectUrl) -> Result<Self, VerifierError> {
+        let file = match &auth.users_file {
+            Some(path) => read_users(path)?,
+            None => HashMap::new(),
+        };
+        let mut mock_secret = [0; 32];
+        getrandom::fill(&mut mock_secret)
+            .map_err(|e| VerifierError::File(std::io::Error::other(e)))?;
+        Ok(Self {
+            file,
+            control: control.clone(),
+            query: auth.query.clone(),
+            client: Mutex::default(),
+            mock_secret,
+        })
+    }
+
+    /// The verifier of `user`; `None` for an unknown user, or one without a SCRAM password.
+    pub(crate) async fn find(&self, user: &str) -> Result<Option<Verifier>, VerifierError> {
+        if let Some(verifier) = self.file.get(user) {
+            return Ok(Some(verifier.clone()));
+        }
+        if self.query.is_empty() {
+            return Ok(None);
+        }
+        timeout(QUERY_MAX, self.ask(user))
+            .await
+            .unwrap_or_else(|_late| Err(VerifierError::Query("no answer in time".into())))
+    }
+
+    async fn ask(&self, user: &str) -> Result<Option<Verifier>, VerifierError> {
+        let mut held = self.client.lock().await;
+        let client = match held.take().filter(|client| !client.is_closed()) {
+            Some(client) => client,
+            None => {
+                let dialled = control::dial(&self.control, APPLICATION, QUERY_MAX).await;
+                let (client, connection) =
+                    dialled.map_err(|error| VerifierError::Query(error.to_string()))?;
+                // Ends with the client; an error shows at the next query.
+                tokio::spawn(async move { drop(connection.await) });
+                client
+            }
+        };
+        let answer = client.query_opt(&self.query, &[&user]).await;
+        let row = answer.map_err(|error| VerifierError::Query(error.to_string()))?;
+        *held = Some(client);
+        let secret = row
+            .map(|row| row.try_get::<_, Option<String>>(1))
+            .transpose();
+        let secret = secret
+            .map_err(|error| VerifierError::Query(error.to_string()))?
+            .flatten();
+        Ok(secret.and_then(|secret| {
+            let verifier = Verifier::parse(&secret);
+            if verifier.is_none() {
+                warn!(
+                    user,
+                    "the user's stored password is no SCRAM-SHA-256 verifier, so they cannot log in"
+                );
+            }
+            verifier
+        }))
+    }
+}
+
+/// `"user" "secret"` a line, as PgBouncer's `userlist.txt`; the secret a SCRAM verifier or a plain password.
+fn read_users(path: &Path) -> Result<HashMap<String, Verifier>, VerifierError> {
+    let text = std::fs::read_to_string(path).map_err(VerifierError::File)?;
+    let mut users = HashMap::new();
+    for (at, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with(';') || line.starts_with('#') {
+            continue;
+        }
+        let (user, secret) = read_line(line).ok_or(VerifierError::Line(at + 1))?;
+        let verifier = match Verifier::parse(&secret) {
+            Some(verifier) => verifier,
+            None => {
+                let mut salt = vec![0; SALT_LEN];
+                getrandom::fill(&mut salt)
+                    .map_err(|e| VerifierError::File(std::io::Error::other(e)))?;
+                Verifier::of_password(&secret, salt)
+            }
+        };
+        users.insert(user, verifier);
+    }
+    Ok(users)
+}
+
+fn read_line(line: &str) -> Option<(String, String)> {
+    let mut rest = line;
+    let mut next = || -> Option<String> {
+        rest = rest.trim_start().strip_prefix('"')?;
+        let mut text = String::new();
+        loop {
+            let (before, after) = rest.split_once('"')?;
+            text.push_str(before);
+            rest = after;
+            match after.strip_prefix('"') {
+                Some(doubled) => {
+                    text.push('"');
+                    rest = doubled;
+                }
+                None => return Some(text),
+            }
+        }
+    };
+    Some((next()?, next()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_as_pgbouncer_writes_them() {
+        assert_eq!(
+            read_line(r#""bob" "pa""ss""#),
+            Some(("bob".into(), "pa\"ss".into()))
+        );
+        assert_eq!(read_line(r#""bob""#), None);
+        assert_eq!(read_line("bob pass"), None);
+    }
+}

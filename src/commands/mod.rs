@@ -1,0 +1,4 @@
+//! What one types: each file is one command. Nothing below knows of them.
+
+pub mod check_config;
+pub mod serve;

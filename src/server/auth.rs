@@ -1,0 +1,168 @@
+//! Logging in to Postgres as a client: SCRAM-SHA-256 by password or by recovered keys, MD5 and cleartext by password.
+//! (sasl-authentication.html, protocol-flow.html#PROTOCOL-FLOW-START-UP) Called by `connect.rs` once a login.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::config::ConnectUrl;
+use crate::wire::frame;
+use crate::wire::messages::{put_cstr, put_frame};
+use crate::wire::scram::{self, ClientExchange, ScramKeys, Secret};
+use crate::wire::stream::Stream;
+
+/// What a pool may log in with.
+#[derive(Clone, Default)]
+pub(crate) enum Credentials {
+    /// Postgres must trust us.
+    #[default]
+    None,
+    Password(Arc<str>),
+    Keys(Arc<ScramKeys>),
+}
+
+#[derive(Debug, Error)]
+pub(crate) enum AuthError {
+    #[error("the server asks for {0}, and there is no password or SCRAM key for this user")]
+    NoCredentials(&'static str),
+    #[error("the server asks for authentication method {0}, which is not supported")]
+    Unsupported(u32),
+    #[error("the server's SCRAM messages are malformed")]
+    Scram,
+    #[error("the server could not prove that it knows the password")]
+    ServerSignature,
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}
+
+/// Authentication messages are short; SASL ones the longest.
+const MESSAGE_MAX: usize = 64 * 1024;
+
+/// What an Authentication frame asks for next.
+pub(crate) enum Step {
+    Done,
+    More,
+}
+
+/// One login's state between Authentication frames.
+#[derive(Default)]
+pub(crate) struct Login {
+    exchange: Option<(ClientExchange, String)>,
+}
+
+impl Login {
+    /// Answers one Authentication frame's body.
+    pub(crate) async fn answer(
+        &mut self,
+        stream: &mut Stream,
+        user: &str,
+        credentials: &Credentials,
+        body: &[u8],
+    ) -> Result<Step, AuthError> {
+        let (code, rest) = body.split_first_chunk::<4>().ok_or(AuthError::Scram)?;
+        match u32::from_be_bytes(*code) {
+            0 => return Ok(Step::Done),
+            3 => {
+                let password = credentials.password("a cleartext password")?;
+                put_password(&mut stream.output, password.as_bytes());
+            }
+            5 => {
+                let password = credentials.password("an MD5 password")?;
+                let salt: [u8; 4] = rest.try_into().map_err(|_not_four| AuthError::Scram)?;
+                let hashed = postgres_protocol::authentication::md5_hash(
+                    user.as_bytes(),
+                    password.as_bytes(),
+                    salt,
+                );
+                put_password(&mut stream.output, hashed.as_bytes());
+            }
+            10 => self.start_scram(stream, credentials, rest)?,
+            11 => {
+                let server_first =
+                    std::str::from_utf8(rest).map_err(|_not_utf8| AuthError::Scram)?;
+                let (exchange, expected) = self.exchange.as_mut().ok_or(AuthError::Scram)?;
+                let secret = credentials.secret()?;
+                let (last, signature) = exchange
+                    .answer(server_first, &secret)
+                    .map_err(|_refused| AuthError::Scram)?;
+                *expected = signature;
+                put_frame(&mut stream.output, b'p', |out| {
+                    out.extend_from_slice(last.as_bytes())
+                });
+            }
+            12 => {
+                let (_, expected) = self.exchange.take().ok_or(AuthError::Scram)?;
+                if expected.is_empty() || rest != expected.as_bytes() {
+                    return Err(AuthError::ServerSignature);
+                }
+            }
+            unknown => return Err(AuthError::Unsupported(unknown)),
+        }
+        stream.flush().await?;
+        Ok(Step::More)
+    }
+
+    fn start_scram(
+        &mut self,
+        stream: &mut Stream,
+        credentials: &Credentials,
+        offered: &[u8],
+    ) -> Result<(), AuthError> {
+        if !offered
+            .split(|&byte| byte == 0)
+            .any(|name| name == scram::MECHANISM.as_bytes())
+        {
+            return Err(AuthError::Unsupported(10));
+        }
+        credentials.secret()?;
+        let mut random = [0; 18];
+        getrandom::fill(&mut random).map_err(std::io::Error::other)?;
+        let exchange = ClientExchange::start(scram::nonce(random));
+        let first = exchange.first();
+        put_frame(&mut stream.output, b'p', |out| {
+            put_cstr(out, scram::MECHANISM.as_bytes());
+            out.extend_from_slice(&u32::try_from(first.len()).unwrap_or(u32::MAX).to_be_bytes());
+            out.extend_from_slice(first.as_bytes());
+        });
+        self.exchange = Some((exchange, String::new()));
+        Ok(())
+    }
+}
+
+impl Credentials {
+    /// The password of a control role, if its URL has one.
+    pub(crate) fn of_control_role(url: &ConnectUrl) -> Self {
+        url.password.as_ref().map_or(Self::None, |password| {
+            Self::Password(password.expose().into())
+        })
+    }
+
+    fn password(&self, asked: &'static str) -> Result<&str, AuthError> {
+        match self {
+            Self::Password(password) => Ok(password),
+            Self::None | Self::Keys(_) => Err(AuthError::NoCredentials(asked)),
+        }
+    }
+
+    fn secret(&self) -> Result<Secret<'_>, AuthError> {
+        match self {
+            Self::Password(password) => Ok(Secret::Password(password)),
+            Self::Keys(keys) => Ok(Secret::Keys(keys)),
+            Self::None => Err(AuthError::NoCredentials("SCRAM-SHA-256")),
+        }
+    }
+}
+
+fn put_password(out: &mut Vec<u8>, password: &[u8]) {
+    put_frame(out, b'p', |out| put_cstr(out, password));
+}
+
+/// The next frame of a login: its tag and body.
+pub(crate) async fn next(stream: &mut Stream) -> std::io::Result<(u8, Vec<u8>)> {
+    let header = stream.next_frame(MESSAGE_MAX).await?;
+    let body = frame::body(stream.input.bytes(), header)
+        .unwrap_or_default()
+        .to_vec();
+    stream.input.consume(header.whole);
+    Ok((header.tag, body))
+}

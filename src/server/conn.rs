@@ -1,0 +1,148 @@
+//! One open connection to Postgres and what is known of its session. Moves no messages; `relay` and `pool/reset.rs` do.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::time::Instant;
+
+use super::parameters::{Opening, Reported};
+use super::settings::Settings;
+use crate::wire::messages::TxStatus;
+use crate::wire::stream::Stream;
+
+/// Identifies a server connection for affinity; never reused in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ServerId(u64);
+
+impl ServerId {
+    pub(crate) fn next(counter: &AtomicU64) -> Self {
+        Self(counter.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Names a prepared statement on servers: `flowgate_<number>`, one number per distinct text and parameter types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct StatementId(pub(crate) u64);
+
+/// What names of prepared statements on servers begin with.
+pub(crate) const STATEMENT_PREFIX: &str = "flowgate_";
+
+impl StatementId {
+    pub(crate) fn server_name(self) -> Vec<u8> {
+        let mut name = Vec::new();
+        self.put_name(&mut name);
+        name
+    }
+
+    /// Appends the name, without its terminator.
+    pub(crate) fn put_name(self, out: &mut Vec<u8>) {
+        write!(out, "{STATEMENT_PREFIX}{:x}", self.0).expect("writing to a Vec cannot fail");
+    }
+}
+
+/// Where a CancelRequest for a server goes, and what it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ServerKey {
+    pub(crate) host: Arc<str>,
+    pub(crate) port: u16,
+    pub(crate) pid: u32,
+    pub(crate) secret: Arc<[u8]>,
+}
+
+/// Which client's unnamed statement a server holds: the client and the count of its unnamed Parses.
+pub(crate) type UnnamedOwner = (u64, u64);
+/// No client's: clients are numbered from 1.
+pub(crate) const UNNAMED_UNKNOWN: UnnamedOwner = (0, 0);
+
+/// An open, logged-in server connection.
+pub(crate) struct ServerConn {
+    pub(crate) stream: Stream,
+    pub(crate) id: ServerId,
+    pub(crate) key: Arc<ServerKey>,
+    pub(crate) opening: Arc<Opening>,
+    pub(crate) reported: Reported,
+    /// What SETs have made of it since it was opened.
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) tx: TxStatus,
+    /// A request was sent and its ReadyForQuery has not come.
+    pub(crate) in_flight: bool,
+    pub(crate) statements: Statements,
+    /// Names of statements to be closed with the next extended request.
+    pub(crate) to_close: Vec<Vec<u8>>,
+    pub(crate) unnamed: Option<UnnamedOwner>,
+    pub(crate) opened_at: Instant,
+    pub(crate) idle_since: Instant,
+}
+
+impl ServerConn {
+    /// The server holds this statement now.
+    pub(crate) fn learn_statement(&mut self, id: StatementId) {
+        if let Some(evicted) = self.statements.insert(id) {
+            self.to_close.push(evicted.server_name());
+        }
+    }
+}
+
+/// The named statements a server holds, least recently used first out.
+#[derive(Default)]
+pub(crate) struct Statements {
+    /// Statement → when it was last wanted, counted in wants.
+    known: HashMap<StatementId, u64>,
+    wants: u64,
+}
+
+/// Statements kept a server; Postgres pays some 10–100 kB of memory for each.
+const STATEMENTS_MAX: usize = 500;
+
+impl Statements {
+    pub(crate) fn knows(&mut self, id: StatementId) -> bool {
+        self.wants += 1;
+        self.known
+            .get_mut(&id)
+            .map(|last| *last = self.wants)
+            .is_some()
+    }
+
+    /// Notes that the server has `id`; returns a statement to be closed if that is one too many.
+    pub(crate) fn insert(&mut self, id: StatementId) -> Option<StatementId> {
+        self.wants += 1;
+        self.known.insert(id, self.wants);
+        if self.known.len() <= STATEMENTS_MAX {
+            return None;
+        }
+        let oldest = self
+            .known
+            .iter()
+            .filter(|(known, _)| **known != id)
+            .min_by_key(|(_, last)| **last);
+        let oldest = oldest.map(|(known, _)| *known)?;
+        self.known.remove(&oldest);
+        Some(oldest)
+    }
+
+    pub(crate) fn remove(&mut self, id: StatementId) {
+        self.known.remove(&id);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.known.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_recently_wanted_statement_goes_first() {
+        let mut statements = Statements::default();
+        for number in 0..STATEMENTS_MAX as u64 {
+            assert_eq!(statements.insert(StatementId(number)), None);
+        }
+        assert!(statements.knows(StatementId(0)));
+        assert_eq!(statements.insert(StatementId(9_999)), Some(StatementId(1)));
+        assert!(!statements.knows(StatementId(1)));
+    }
+}

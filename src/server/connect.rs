@@ -1,0 +1,250 @@
+//! Opening a server connection: dial, TLS as `sslmode` says, StartupMessage, login, up to the first ReadyForQuery.
+//! Retries nothing; `pool` decides. An ErrorResponse from Postgres is data, handed on as it came.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+
+use super::auth::{self, AuthError, Credentials, Login, Step};
+use super::conn::{ServerConn, ServerId, ServerKey, Statements};
+use super::parameters::{Opening, Reported};
+use super::settings::Settings;
+use super::tls;
+use crate::config::{ConnectUrl, SslMode};
+use crate::wire::messages::{TxStatus, parameter_status, put_cstr};
+use crate::wire::stream::{Stream, Transport};
+
+#[derive(Debug, Error)]
+pub(crate) enum ConnectError {
+    #[error("cannot reach it: {0}")]
+    Unreachable(#[source] io::Error),
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    #[error("TLS: {0}")]
+    Tls(#[source] io::Error),
+    /// Postgres said no; the body of its ErrorResponse.
+    #[error("refused: {}", message_of(.0))]
+    Refused(Vec<u8>),
+    #[error("login: {0}")]
+    Login(#[from] AuthError),
+    #[error("closed the connection during login: {0}")]
+    Closed(#[source] io::Error),
+    #[error("unexpected message {0:?} during login")]
+    Protocol(char),
+}
+
+fn message_of(body: &[u8]) -> String {
+    let field = crate::wire::error_response::field(body, b'M').unwrap_or_default();
+    String::from_utf8_lossy(field).into_owned()
+}
+
+/// Dials one upstream.
+pub(crate) struct Connector {
+    host: Arc<str>,
+    port: u16,
+    sslmode: SslMode,
+    tls: Option<Arc<ClientConfig>>,
+    timeout: Duration,
+    ids: Arc<AtomicU64>,
+}
+
+impl Connector {
+    /// `ids` numbers server connections across all upstreams.
+    pub(crate) fn new(
+        url: &ConnectUrl,
+        timeout: Duration,
+        ids: Arc<AtomicU64>,
+    ) -> io::Result<Self> {
+        let tls = (url.sslmode != SslMode::Disable)
+            .then(|| tls::client_config(url).map(Arc::new))
+            .transpose()?;
+        Ok(Self {
+            host: url.host.as_str().into(),
+            port: url.port,
+            sslmode: url.sslmode,
+            tls,
+            timeout,
+            ids,
+        })
+    }
+
+    /// Opens a connection for `opening`; `application_name` is set, but not part of what makes servers alike.
+    pub(crate) async fn connect(
+        &self,
+        opening: &Arc<Opening>,
+        application_name: &str,
+        credentials: &Credentials,
+    ) -> Result<ServerConn, ConnectError> {
+        let login = self.log_in(opening, application_name, credentials);
+        timeout(self.timeout, Box::pin(login))
+            .await
+            .unwrap_or(Err(ConnectError::TimedOut(self.timeout)))
+    }
+
+    async fn log_in(
+        &self,
+        opening: &Arc<Opening>,
+        application_name: &str,
+        credentials: &Credentials,
+    ) -> Result<ServerConn, ConnectError> {
+        let mut stream = Stream::new(self.dial().await?);
+        put_startup(&mut stream.output, opening, application_name);
+        stream.flush().await.map_err(ConnectError::Closed)?;
+        let mut login = Login::default();
+        loop {
+            let (tag, body) = auth::next(&mut stream)
+                .await
+                .map_err(ConnectError::Closed)?;
+            match tag {
+                b'R' => match login
+                    .answer(&mut stream, &opening.user, credentials, &body)
+                    .await?
+                {
+                    Step::Done => break,
+                    Step::More => {}
+                },
+                b'E' => return Err(ConnectError::Refused(body)),
+                b'N' | b'v' => {}
+                other => return Err(ConnectError::Protocol(char::from(other))),
+            }
+        }
+        let mut reported = Reported::default();
+        let mut key = None;
+        loop {
+            let (tag, body) = auth::next(&mut stream)
+                .await
+                .map_err(ConnectError::Closed)?;
+            match tag {
+                b'S' => {
+                    if let Some((name, value)) = parameter_status(&body) {
+                        reported.set(
+                            &String::from_utf8_lossy(name),
+                            &String::from_utf8_lossy(value),
+                        );
+                    }
+                }
+                b'K' => {
+                    let (pid, secret) = body
+                        .split_first_chunk::<4>()
+                        .ok_or(ConnectError::Protocol('K'))?;
+                    key = Some((u32::from_be_bytes(*pid), Arc::from(secret)));
+                }
+                b'Z' => break,
+                b'E' => return Err(ConnectError::Refused(body)),
+                b'N' => {}
+                other => return Err(ConnectError::Protocol(char::from(other))),
+            }
+        }
+        let (pid, secret) = key.unwrap_or((0, Arc::from([])));
+        let now = Instant::now();
+        Ok(ServerConn {
+            stream,
+            id: ServerId::next(&self.ids),
+            key: Arc::new(ServerKey {
+                host: Arc::clone(&self.host),
+                port: self.port,
+                pid,
+                secret,
+            }),
+            opening: Arc::clone(opening),
+            reported,
+            settings: Arc::new(Settings::named(application_name)),
+            tx: TxStatus::Idle,
+            in_flight: false,
+            statements: Statements::default(),
+            to_close: Vec::new(),
+            unnamed: None,
+            opened_at: now,
+            idle_since: now,
+        })
+    }
+
+    async fn dial(&self) -> Result<Transport, ConnectError> {
+        let address = (self.host.as_ref(), self.port);
+        let mut tcp = TcpStream::connect(address)
+            .await
+            .map_err(ConnectError::Unreachable)?;
+        tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
+        socket2::SockRef::from(&tcp)
+            .set_keepalive(true)
+            .map_err(ConnectError::Unreachable)?;
+        let Some(config) = &self.tls else {
+            return Ok(Transport::Plain(tcp));
+        };
+        tcp.write_all(&[0, 0, 0, 8, 4, 210, 22, 47])
+            .await
+            .map_err(ConnectError::Closed)?;
+        // One byte and no more: what follows it before the handshake would be an attacker's. (CVE-2021-23222)
+        match tcp.read_u8().await.map_err(ConnectError::Closed)? {
+            b'S' => {
+                let name = ServerName::try_from(self.host.to_string())
+                    .map_err(|e| ConnectError::Tls(io::Error::other(e)))?;
+                let connector = tokio_rustls::TlsConnector::from(Arc::clone(config));
+                let tls = connector
+                    .connect(name, tcp)
+                    .await
+                    .map_err(ConnectError::Tls)?;
+                Ok(Transport::TlsClient(Box::new(tls)))
+            }
+            b'N' if self.sslmode == SslMode::Prefer => Ok(Transport::Plain(tcp)),
+            b'N' => Err(ConnectError::Tls(io::Error::other(
+                "the server does not support SSL, but SSL was required",
+            ))),
+            other => Err(ConnectError::Protocol(char::from(other))),
+        }
+    }
+}
+
+fn put_startup(out: &mut Vec<u8>, opening: &Opening, application_name: &str) {
+    let mut body = 0x0003_0000u32.to_be_bytes().to_vec();
+    let fixed = [
+        ("user", opening.user.as_str()),
+        ("database", &opening.database),
+        ("application_name", application_name),
+    ];
+    let options = opening
+        .options
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()));
+    for (name, value) in fixed
+        .into_iter()
+        .filter(|(name, value)| *name != "application_name" || !value.is_empty())
+        .chain(options)
+    {
+        put_cstr(&mut body, name.as_bytes());
+        put_cstr(&mut body, value.as_bytes());
+    }
+    body.push(0);
+    let length = u32::try_from(body.len() + 4).unwrap_or(u32::MAX);
+    out.extend_from_slice(&length.to_be_bytes());
+    out.extend_from_slice(&body);
+}
+
+/// Sends a CancelRequest to the server `key` names, and waits until Postgres has acted on it (it then closes the
+/// connection). Errors are the operator's business only: a cancel has no answer. (protocol-flow.html, "Canceling Requests")
+pub(crate) async fn send_cancel(key: &ServerKey, within: Duration) -> io::Result<()> {
+    let mut packet = Vec::with_capacity(16 + key.secret.len());
+    let length = u32::try_from(12 + key.secret.len()).map_err(io::Error::other)?;
+    packet.extend_from_slice(&length.to_be_bytes());
+    packet.extend_from_slice(&80_877_102u32.to_be_bytes());
+    packet.extend_from_slice(&key.pid.to_be_bytes());
+    packet.extend_from_slice(&key.secret);
+    let exchange = async {
+        let mut tcp = TcpStream::connect((key.host.as_ref(), key.port)).await?;
+        tcp.write_all(&packet).await?;
+        let mut rest = [0; 16];
+        while tcp.read(&mut rest).await? > 0 {}
+        Ok(())
+    };
+    timeout(within, exchange)
+        .await
+        .unwrap_or_else(|late| Err(late.into()))
+}

@@ -1,0 +1,133 @@
+//! ErrorResponse and NoticeResponse: building ours, reading theirs.
+//! (protocol-error-fields.html, "Error and Notice Message Fields")
+
+use super::messages::{self, put_cstr};
+
+/// An error or notice we write ourselves. `message` in Postgres's style: lower case, no full stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ErrorResponse {
+    pub(crate) severity: Severity,
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) detail: Option<String>,
+    pub(crate) hint: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Severity {
+    Error,
+    Fatal,
+    Notice,
+}
+
+impl Severity {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Error => "ERROR",
+            Self::Fatal => "FATAL",
+            Self::Notice => "NOTICE",
+        }
+    }
+}
+
+impl ErrorResponse {
+    pub(crate) fn error(code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Error,
+            code,
+            message: message.into(),
+            detail: None,
+            hint: None,
+        }
+    }
+
+    pub(crate) fn fatal(code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Fatal,
+            ..Self::error(code, message)
+        }
+    }
+
+    pub(crate) fn notice(code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Notice,
+            ..Self::error(code, message)
+        }
+    }
+
+    pub(crate) fn with_detail(self, detail: impl Into<String>) -> Self {
+        Self {
+            detail: Some(detail.into()),
+            ..self
+        }
+    }
+
+    pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self {
+            hint: Some(hint.into()),
+            ..self
+        }
+    }
+
+    /// Appends the whole frame.
+    pub(crate) fn put(&self, out: &mut Vec<u8>) {
+        let tag = if self.severity == Severity::Notice {
+            b'N'
+        } else {
+            b'E'
+        };
+        messages::put_frame(out, tag, |out| {
+            let word = self.severity.word();
+            let fields = [
+                (b'S', word),
+                (b'V', word),
+                (b'C', self.code),
+                (b'M', self.message.as_str()),
+            ];
+            let optional = [(b'D', self.detail.as_deref()), (b'H', self.hint.as_deref())];
+            for (field, text) in fields
+                .into_iter()
+                .chain(optional.into_iter().filter_map(|(f, t)| Some((f, t?))))
+            {
+                out.push(field);
+                put_cstr(out, text.as_bytes());
+            }
+            out.push(0);
+        });
+    }
+}
+
+/// The field `wanted` of an ErrorResponse's or NoticeResponse's body: `C` the SQLSTATE, `V` the severity, `M` the message …
+pub(crate) fn field(mut body: &[u8], wanted: u8) -> Option<&[u8]> {
+    while let Some((&name, rest)) = body.split_first() {
+        if name == 0 {
+            return None;
+        }
+        let end = memchr::memchr(0, rest)?;
+        let (text, after) = rest.split_at_checked(end)?;
+        if name == wanted {
+            return Some(text);
+        }
+        body = after.get(1..)?;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_we_write_we_read() {
+        let mut out = Vec::new();
+        ErrorResponse::fatal("57P01", "going away")
+            .with_hint("Come back.")
+            .put(&mut out);
+        let body = &out[5..];
+        assert_eq!(field(body, b'C'), Some(&b"57P01"[..]));
+        assert_eq!(field(body, b'V'), Some(&b"FATAL"[..]));
+        assert_eq!(field(body, b'H'), Some(&b"Come back."[..]));
+        assert_eq!(field(body, b'D'), None);
+        assert_eq!(field(&body[..3], b'C'), None);
+    }
+}
