@@ -42,7 +42,14 @@ pub(crate) struct Upstream {
 impl Upstream {
     pub(crate) fn new(name: impl Into<String>, role: Role, url: ConnectUrl) -> Self {
         let name = name.into();
-        Self { name, role, url, healthy: AtomicBool::new(false), lsn: AtomicU64::new(0), lag_bytes: AtomicU64::new(0) }
+        Self {
+            name,
+            role,
+            url,
+            healthy: AtomicBool::new(false),
+            lsn: AtomicU64::new(0),
+            lag_bytes: AtomicU64::new(0),
+        }
     }
 
     /// In rotation: reachable, in the role it is configured for, and of the primary's history.
@@ -74,7 +81,8 @@ impl Upstream {
 }
 
 /// The socket half of a control connection; whoever dials drives it.
-pub(crate) type ControlConnection = Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
+pub(crate) type ControlConnection =
+    Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
@@ -90,11 +98,21 @@ impl DialError {
     /// Postgres answered and will answer the same next time (wrong password, no such database): waiting won't help.
     pub(crate) fn is_final(&self) -> bool {
         match self {
-            Self::Postgres(error) => error.code().is_some_and(|code| !matches!(&code.code()[..2], "57" | "53" | "08")),
+            Self::Postgres(error) => error
+                .code()
+                .is_some_and(|code| !matches!(&code.code()[..2], "57" | "53" | "08")),
             Self::Roots(_) => true,
             Self::Timeout(_) => false,
         }
     }
+}
+
+/// tokio-postgres says "db error" and keeps Postgres' own words as its source.
+pub(crate) fn words(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |cause| cause.source())
+        .fold(error.to_string(), |words, cause| {
+            words + ": " + &cause.to_string()
+        })
 }
 
 /// Opens a connection as the control role.
@@ -117,7 +135,9 @@ pub(crate) async fn dial(
         .ssl_mode(match url.sslmode {
             SslMode::Disable => tokio_postgres::config::SslMode::Disable,
             SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
-            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => tokio_postgres::config::SslMode::Require,
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => {
+                tokio_postgres::config::SslMode::Require
+            }
         });
     if let Some(password) = &url.password {
         config.password(password.expose());
@@ -153,10 +173,13 @@ fn issuer_verifier(
     let mut roots = RootCertStore::empty();
     match &url.ssl_root_cert {
         Some(file) => {
-            let certificates = CertificateDer::pem_file_iter(file).map_err(|e| DialError::Roots(e.to_string()))?;
+            let certificates =
+                CertificateDer::pem_file_iter(file).map_err(|e| DialError::Roots(e.to_string()))?;
             for certificate in certificates {
                 let certificate = certificate.map_err(|e| DialError::Roots(e.to_string()))?;
-                roots.add(certificate).map_err(|e| DialError::Roots(e.to_string()))?;
+                roots
+                    .add(certificate)
+                    .map_err(|e| DialError::Roots(e.to_string()))?;
             }
         }
         None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
@@ -190,14 +213,25 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         match &self.check {
             Check::Nothing => Ok(ServerCertVerified::assertion()),
-            Check::Name(verifier) => {
-                verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-            }
+            Check::Name(verifier) => verifier.verify_server_cert(
+                end_entity,
+                intermediates,
+                server_name,
+                ocsp_response,
+                now,
+            ),
             Check::Issuer(verifier) => {
-                match verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+                match verifier.verify_server_cert(
+                    end_entity,
+                    intermediates,
+                    server_name,
+                    ocsp_response,
+                    now,
+                ) {
                     // The name is looked at last, so a wrong name means the chain was good.
                     Err(rustls::Error::InvalidCertificate(
-                        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+                        CertificateError::NotValidForName
+                        | CertificateError::NotValidForNameContext { .. },
                     )) => Ok(ServerCertVerified::assertion()),
                     other => other,
                 }
@@ -211,7 +245,12 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -220,10 +259,17 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }

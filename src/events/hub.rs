@@ -15,21 +15,19 @@ use tokio::task::JoinSet;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
-use crate::pgflow::events::Channel;
+use crate::pgflow::events::{Channel, run_topic, truncate_identifier};
 
-use super::subscription::{Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification};
+use super::subscription::{
+    Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification,
+};
 use super::{EventMetrics, EventsError, upstream};
 
 /// Bytes that may wait for one reader, besides the frames `events.queue` allows.
 const QUEUE_BYTES: usize = 16 << 20;
 /// Channels one session may listen to.
 const CHANNELS: usize = 10_000;
-/// NAMEDATALEN - 1: Postgres cuts an identifier here, and so a longer ordinary channel is the shorter one.
-const NAME_BYTES: usize = 63;
 /// How long shutdown waits for the listeners to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// What the outbox's writers notify.
-pub(super) const WAKE_CHANNEL: &str = "flowgate_wake";
 
 /// All hubs of a process.
 pub(crate) struct Hubs {
@@ -59,8 +57,18 @@ impl Hubs {
     ) -> Arc<Self> {
         let metrics = EventMetrics::register(registry);
         let tasks = Mutex::new(Some(JoinSet::new()));
-        let common = Arc::new(Common { control, settings, connect_timeout, metrics, handle, tasks });
-        Arc::new(Self { common, hubs: Mutex::new(HashMap::new()) })
+        let common = Arc::new(Common {
+            control,
+            settings,
+            connect_timeout,
+            metrics,
+            handle,
+            tasks,
+        });
+        Arc::new(Self {
+            common,
+            hubs: Mutex::new(HashMap::new()),
+        })
     }
 
     /// Costs nothing until somebody listens, and the connection goes a while after the last one left.
@@ -78,7 +86,10 @@ impl Hubs {
     /// Cuts every subscriber and waits for the listeners to end.
     pub(crate) async fn shutdown(&self) {
         let tasks = lock(&self.common.tasks).take();
-        let hubs: Vec<Arc<Hub>> = lock(&self.hubs).values().filter_map(Weak::upgrade).collect();
+        let hubs: Vec<Arc<Hub>> = lock(&self.hubs)
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect();
         for hub in hubs {
             hub.stop();
         }
@@ -198,7 +209,11 @@ impl Work {
 
 enum Subscribed {
     InForce,
-    Wait { stream: StreamId, listened: Listened, answer: oneshot::Receiver<Result<(), EventsError>> },
+    Wait {
+        stream: StreamId,
+        listened: Listened,
+        answer: oneshot::Receiver<Result<(), EventsError>>,
+    },
 }
 
 impl State {
@@ -207,14 +222,20 @@ impl State {
     }
 
     fn is_idle(&self) -> bool {
-        !self.follows_pgflow() && self.ordinary.values().all(|channel| channel.members.is_empty())
+        !self.follows_pgflow()
+            && self
+                .ordinary
+                .values()
+                .all(|channel| channel.members.is_empty())
     }
 
     /// In force as soon as this returns, for pgflow while the outbox is being read: whatever is committed later is in no
     /// snapshot taken so far.
     fn join(&mut self, stream: StreamId, mailbox: &Arc<Mailbox>, target: &Target) {
         let members = match target {
-            Target::Ordinary(channel) => &mut self.ordinary.entry(channel.clone()).or_default().members,
+            Target::Ordinary(channel) => {
+                &mut self.ordinary.entry(channel.clone()).or_default().members
+            }
             Target::Run { topic, .. } => self.runs.entry(topic.clone()).or_default(),
             Target::Flow(slug) => self.flows.entry(slug.clone()).or_default(),
             Target::All => &mut self.all,
@@ -224,7 +245,8 @@ impl State {
 
     fn leave(&mut self, stream: StreamId, target: &Target) {
         self.page_waiters.remove(&stream);
-        self.outbox_waiters.retain(|(waiting, _)| *waiting != stream);
+        self.outbox_waiters
+            .retain(|(waiting, _)| *waiting != stream);
         match target {
             Target::Ordinary(channel) => {
                 if let Some(ordinary) = self.ordinary.get_mut(channel) {
@@ -267,13 +289,19 @@ impl State {
     }
 
     fn pgflow_members(&self) -> impl Iterator<Item = (&StreamId, &Arc<Mailbox>)> {
-        self.runs.values().flatten().chain(self.flows.values().flatten()).chain(&self.all)
+        self.runs
+            .values()
+            .flatten()
+            .chain(self.flows.values().flatten())
+            .chain(&self.all)
     }
 
     fn take_work(&mut self) -> Work {
         let mut work = Work::default();
         for channel in std::mem::take(&mut self.dirty) {
-            let Some(ordinary) = self.ordinary.get_mut(&channel) else { continue };
+            let Some(ordinary) = self.ordinary.get_mut(&channel) else {
+                continue;
+            };
             match (ordinary.members.is_empty(), ordinary.present) {
                 (false, false) => work.listen.push(channel),
                 // From here on it counts as gone: whoever joins now gets a LISTEN of its own, sent after the UNLISTEN.
@@ -309,7 +337,13 @@ impl State {
         for channel in channels {
             let Some(ordinary) = self.ordinary.get_mut(channel) else {
                 // All left while we asked: an entry again, so that the UNLISTEN is found to be due.
-                self.ordinary.insert(channel.clone(), Ordinary { present: true, ..Ordinary::default() });
+                self.ordinary.insert(
+                    channel.clone(),
+                    Ordinary {
+                        present: true,
+                        ..Ordinary::default()
+                    },
+                );
                 self.dirty.insert(channel.clone());
                 continue;
             };
@@ -342,18 +376,26 @@ impl State {
 
     /// There is no outbox: pgflow's channels are ordinary ones that nobody notifies yet.
     fn make_ordinary(&mut self) {
-        let members: Vec<(StreamId, Arc<Mailbox>)> =
-            self.pgflow_members().map(|(stream, mailbox)| (*stream, Arc::clone(mailbox))).collect();
+        let members: Vec<(StreamId, Arc<Mailbox>)> = self
+            .pgflow_members()
+            .map(|(stream, mailbox)| (*stream, Arc::clone(mailbox)))
+            .collect();
         self.runs.clear();
         self.flows.clear();
         self.all.clear();
         self.forget_cursor = true;
         let mut waiters: HashMap<StreamId, Answer> = self.outbox_waiters.drain(..).collect();
-        waiters.extend(self.page_waiters.drain().map(|(stream, (waiter, _))| (stream, waiter)));
+        waiters.extend(
+            self.page_waiters
+                .drain()
+                .map(|(stream, (waiter, _))| (stream, waiter)),
+        );
         for (stream, mailbox) in members {
             let mut inbox = mailbox.lock();
-            let Some(spelling) = inbox.spelling(stream) else { continue };
-            let channel = as_postgres_cuts_it(&spelling).to_owned();
+            let Some(spelling) = inbox.spelling(stream) else {
+                continue;
+            };
+            let channel = truncate_identifier(&spelling).to_owned();
             inbox.make_ordinary(stream, &channel);
             drop(inbox);
             let ordinary = self.ordinary.entry(channel.clone()).or_default();
@@ -390,10 +432,14 @@ impl State {
                 Listened::Again => answer(waiter, Err(error.clone())),
             }
         }
-        let members: HashMap<StreamId, Arc<Mailbox>> =
-            self.pgflow_members().map(|(stream, mailbox)| (*stream, Arc::clone(mailbox))).collect();
+        let members: HashMap<StreamId, Arc<Mailbox>> = self
+            .pgflow_members()
+            .map(|(stream, mailbox)| (*stream, Arc::clone(mailbox)))
+            .collect();
         for (stream, waiter) in refused {
-            let target = members.get(&stream).and_then(|mailbox| mailbox.lock().remove(stream));
+            let target = members
+                .get(&stream)
+                .and_then(|mailbox| mailbox.lock().remove(stream));
             if let Some(target) = target {
                 self.leave(stream, &target);
             }
@@ -402,7 +448,10 @@ impl State {
     }
 
     fn fail_waiters(&mut self, error: &EventsError) {
-        let ordinary = self.ordinary.values_mut().flat_map(|channel| channel.waiters.drain(..));
+        let ordinary = self
+            .ordinary
+            .values_mut()
+            .flat_map(|channel| channel.waiters.drain(..));
         let outbox = self.outbox_waiters.drain(..).map(|(_, waiter)| waiter);
         let pages = self.page_waiters.drain().map(|(_, (waiter, _))| waiter);
         for waiter in ordinary.chain(outbox).chain(pages) {
@@ -425,20 +474,39 @@ fn answer(waiter: Answer, result: Result<(), EventsError>) {
     drop(waiter.send(result));
 }
 
-fn as_postgres_cuts_it(channel: &str) -> &str {
-    &channel[..channel.floor_char_boundary(NAME_BYTES)]
+/// As its notifications will name it: without `@seq`, else as the client spells it, as far as Postgres reads.
+fn spelling<'a>(name: &'a str, channel: &Channel) -> &'a str {
+    match channel {
+        Channel::Run { .. } => name.split_once('@').map_or(name, |(channel, _)| channel),
+        Channel::Flow(_) | Channel::All => name,
+        Channel::Ordinary(_) => truncate_identifier(name),
+    }
 }
 
 impl Hub {
     fn new(database: String, common: Arc<Common>) -> Self {
         let (state, kick) = (Mutex::default(), Notify::new());
-        Self { database, common, state, kick, next_stream: AtomicU64::new(1) }
+        Self {
+            database,
+            common,
+            state,
+            kick,
+            next_stream: AtomicU64::new(1),
+        }
     }
 
     pub(crate) fn subscriber(self: &Arc<Self>) -> Subscriber {
-        let bounds = Bounds { frames: self.common.settings.queue.get(), bytes: QUEUE_BYTES };
-        let mailbox = Arc::new(Mailbox { inbox: Mutex::new(Inbox::new(bounds)) });
-        Subscriber { hub: Arc::clone(self), mailbox }
+        let bounds = Bounds {
+            frames: self.common.settings.queue.get(),
+            bytes: QUEUE_BYTES,
+        };
+        let mailbox = Arc::new(Mailbox {
+            inbox: Mutex::new(Inbox::new(bounds)),
+        });
+        Subscriber {
+            hub: Arc::clone(self),
+            mailbox,
+        }
     }
 
     /// Something may have been committed to the outbox: read it now rather than at the next probe.
@@ -453,22 +521,27 @@ impl Hub {
         }
     }
 
-    fn subscribe(self: &Arc<Self>, mailbox: &Arc<Mailbox>, name: &str) -> Result<Subscribed, EventsError> {
+    fn subscribe(
+        self: &Arc<Self>,
+        mailbox: &Arc<Mailbox>,
+        name: &str,
+    ) -> Result<Subscribed, EventsError> {
         if name.is_empty() {
             return Err(EventsError::EmptyChannel);
         }
-        let (spelling, target, after) = match Channel::parse(name) {
-            Channel::Run { id, after } => {
-                let spelling = name.split_once('@').map_or(name, |(channel, _)| channel);
-                let run_id = id.to_string();
-                (spelling, Target::Run { topic: format!("pgflow:run:{run_id}"), run_id }, after)
-            }
-            Channel::Flow(slug) => (name, Target::Flow(slug), None),
-            Channel::All => (name, Target::All, None),
-            Channel::Ordinary(name_again) => {
-                let channel = as_postgres_cuts_it(&name_again).to_owned();
-                (as_postgres_cuts_it(name), Target::Ordinary(channel), None)
-            }
+        let channel = Channel::parse(name);
+        let spelling = spelling(name, &channel);
+        let (target, after) = match channel {
+            Channel::Run { id, after } => (
+                Target::Run {
+                    topic: run_topic(id),
+                    run_id: id.to_string(),
+                },
+                after,
+            ),
+            Channel::Flow(slug) => (Target::Flow(slug.as_str().to_owned()), None),
+            Channel::All => (Target::All, None),
+            Channel::Ordinary(channel) => (Target::Ordinary(channel), None),
         };
         let mut state = lock(&self.state);
         if state.stopping {
@@ -525,12 +598,22 @@ impl Hub {
             self.start()?;
         }
         self.kick.notify_one();
-        Ok(if in_force { Subscribed::InForce } else { Subscribed::Wait { stream, listened, answer } })
+        Ok(if in_force {
+            Subscribed::InForce
+        } else {
+            Subscribed::Wait {
+                stream,
+                listened,
+                answer,
+            }
+        })
     }
 
     fn start(self: &Arc<Self>) -> Result<(), EventsError> {
         let mut tasks = lock(&self.common.tasks);
-        let Some(tasks) = tasks.as_mut() else { return Err(EventsError::Stopping) };
+        let Some(tasks) = tasks.as_mut() else {
+            return Err(EventsError::Stopping);
+        };
         while tasks.try_join_next().is_some() {}
         tasks.spawn_on(upstream::run(Arc::clone(self)), &self.common.handle);
         Ok(())
@@ -552,7 +635,12 @@ impl Hub {
         let everybody: Vec<Arc<Mailbox>> = state
             .pgflow_members()
             .map(|(_, mailbox)| mailbox)
-            .chain(state.ordinary.values().flat_map(|channel| channel.members.values()))
+            .chain(
+                state
+                    .ordinary
+                    .values()
+                    .flat_map(|channel| channel.members.values()),
+            )
             .cloned()
             .collect();
         state.fail_waiters(&EventsError::Stopping);
@@ -586,10 +674,6 @@ impl Hub {
         lock(&self.state).is_idle()
     }
 
-    pub(super) fn follows_flows(&self) -> bool {
-        !lock(&self.state).flows.is_empty()
-    }
-
     /// Nobody listens: the task may end, and the next LISTEN starts another.
     pub(super) fn retire(&self) -> bool {
         let mut state = lock(&self.state);
@@ -619,7 +703,10 @@ impl Hub {
         let mut state = lock(&self.state);
         state.outbox = Outbox::Off;
         state.refuse_outbox_waiters(error);
-        let bereft: Vec<Arc<Mailbox>> = state.pgflow_members().map(|(_, mailbox)| Arc::clone(mailbox)).collect();
+        let bereft: Vec<Arc<Mailbox>> = state
+            .pgflow_members()
+            .map(|(_, mailbox)| Arc::clone(mailbox))
+            .collect();
         let cut = state.evict_all(&bereft, CutReason::ListenerLost);
         self.common.metrics.cuts_lost.add(cut);
     }
@@ -655,7 +742,9 @@ impl Hub {
 
     pub(super) fn dispatch_ordinary(&self, pid: i32, channel: &str, payload: &str) {
         let mut state = lock(&self.state);
-        let Some(ordinary) = state.ordinary.get(channel) else { return };
+        let Some(ordinary) = state.ordinary.get(channel) else {
+            return;
+        };
         let frame = notification(pid, channel, payload);
         let mut queued = 0;
         let mut slow = Vec::new();
@@ -675,9 +764,19 @@ impl Hub {
         let state = lock(&self.state);
         let mut frames = Frames::new(event, state.pid);
         let run = state.runs.get(&event.topic).into_iter().flatten();
-        let flow = event.flow.as_ref().and_then(|slug| state.flows.get(slug)).into_iter().flatten();
+        let flow = event
+            .flow
+            .as_ref()
+            .and_then(|slug| state.flows.get(slug))
+            .into_iter()
+            .flatten();
         // Other topics are between their senders and those who know them.
-        let all = event.topic.starts_with("pgflow:").then_some(&state.all).into_iter().flatten();
+        let all = event
+            .topic
+            .starts_with("pgflow:")
+            .then_some(&state.all)
+            .into_iter()
+            .flatten();
         let (mut queued, mut gaps) = (0, 0);
         for (stream, mailbox) in run.chain(flow).chain(all) {
             match mailbox.lock().offer_event(*stream, &mut frames) {
@@ -718,9 +817,16 @@ impl Subscriber {
     pub(crate) async fn listen(&self, channel: &str) -> Result<(), EventsError> {
         match self.hub.subscribe(&self.mailbox, channel)? {
             Subscribed::InForce => Ok(()),
-            Subscribed::Wait { stream, listened, answer } => {
+            Subscribed::Wait {
+                stream,
+                listened,
+                answer,
+            } => {
                 let stream = (listened == Listened::Anew).then_some(stream);
-                let mut undo = Undo { subscriber: self, stream };
+                let mut undo = Undo {
+                    subscriber: self,
+                    stream,
+                };
                 let wait = self.hub.common.connect_timeout;
                 match tokio::time::timeout(wait, answer).await {
                     Ok(Ok(result)) => result?,
@@ -734,11 +840,7 @@ impl Subscriber {
     }
 
     pub(crate) fn unlisten(&self, channel: &str) {
-        let spelling = match Channel::parse(channel) {
-            Channel::Run { .. } => channel.split_once('@').map_or(channel, |(channel, _)| channel),
-            Channel::Flow(_) | Channel::All => channel,
-            Channel::Ordinary(_) => as_postgres_cuts_it(channel),
-        };
+        let spelling = spelling(channel, &Channel::parse(channel));
         let stream = self.mailbox.lock().find(spelling);
         if let Some(stream) = stream {
             self.hub.unsubscribe(&self.mailbox, stream);
@@ -794,7 +896,9 @@ struct Undo<'a> {
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
         if let Some(stream) = self.stream {
-            self.subscriber.hub.unsubscribe(&self.subscriber.mailbox, stream);
+            self.subscriber
+                .hub
+                .unsubscribe(&self.subscriber.mailbox, stream);
         }
     }
 }

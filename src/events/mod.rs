@@ -54,18 +54,40 @@ impl EventMetrics {
     pub(crate) fn register(registry: &Registry) -> Self {
         let counter = |name, help| registry.counter(name, help, &[]);
         let cut = |reason| {
-            registry.counter("flowgate_event_cuts_total", "Subscribers cut, by reason.", &[("reason", reason)])
+            registry.counter(
+                "flowgate_event_cuts_total",
+                "Subscribers cut, by reason.",
+                &[("reason", reason)],
+            )
         };
         Self {
-            deliveries: counter("flowgate_event_deliveries_total", "Events queued for a subscriber."),
+            deliveries: counter(
+                "flowgate_event_deliveries_total",
+                "Events queued for a subscriber.",
+            ),
             cuts_slow: cut("too_slow"),
             cuts_lost: cut("listener_lost"),
-            gaps: counter("flowgate_event_gaps_total", "Gap markers queued for a subscriber."),
+            gaps: counter(
+                "flowgate_event_gaps_total",
+                "Gap markers queued for a subscriber.",
+            ),
             wakeups: counter("flowgate_event_wakeups_total", "Wake-ups from the outbox."),
-            outbox_reads: counter("flowgate_event_outbox_reads_total", "Reads of what the outbox has new."),
-            outbox_rows: counter("flowgate_event_outbox_rows_total", "Events read from the outbox."),
-            replay_reads: counter("flowgate_event_replay_reads_total", "Pages read to replay one run."),
-            reconnects: counter("flowgate_event_listener_lost_total", "Upstream listener connections lost."),
+            outbox_reads: counter(
+                "flowgate_event_outbox_reads_total",
+                "Reads of what the outbox has new.",
+            ),
+            outbox_rows: counter(
+                "flowgate_event_outbox_rows_total",
+                "Events read from the outbox.",
+            ),
+            replay_reads: counter(
+                "flowgate_event_replay_reads_total",
+                "Pages read to replay one run.",
+            ),
+            reconnects: counter(
+                "flowgate_event_listener_lost_total",
+                "Upstream listener connections lost.",
+            ),
         }
     }
 }

@@ -55,7 +55,11 @@ pub(super) struct Frames<'a> {
 
 impl<'a> Frames<'a> {
     pub(super) fn new(event: &'a Event, pid: i32) -> Self {
-        Self { event, pid, made: Vec::new() }
+        Self {
+            event,
+            pid,
+            made: Vec::new(),
+        }
     }
 
     fn spelled(&mut self, channel: &Arc<str>) -> Bytes {
@@ -88,7 +92,10 @@ pub(super) enum Target {
     /// The channel as Postgres knows it.
     Ordinary(String),
     /// The run's topic in the outbox and, for the gap marker, its id.
-    Run { topic: String, run_id: String },
+    Run {
+        topic: String,
+        run_id: String,
+    },
     Flow(String),
     All,
 }
@@ -108,7 +115,11 @@ enum Phase {
     /// Of a run: `seq > last_seq` comes from the outbox, page by page.
     Paging(Paging),
     /// Of a flow or all: a marker for these ids stands at the end of what is queued; until it is read, all else adds to it.
-    Gap { from: i64, to: Option<i64>, pid: i32 },
+    Gap {
+        from: i64,
+        to: Option<i64>,
+        pid: i32,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +128,10 @@ enum Paging {
     First(Why),
     All,
     /// Between these, only the latest event of each step and of the run.
-    Latest { from: i64, to: i64 },
+    Latest {
+        from: i64,
+        to: i64,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +150,15 @@ pub(super) struct Page {
     pub(super) latest: Option<(i64, i64)>,
     /// The caller must say what the outbox has (`first_page`) and ask again before it reads rows.
     pub(super) first: bool,
+}
+
+/// What the outbox has of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// The first event that has not been dropped for its age.
+    pub(super) first: Option<i64>,
+    /// The last ever sent.
+    pub(super) last: Option<i64>,
 }
 
 /// What came of one offered frame.
@@ -221,11 +244,17 @@ impl Inbox {
     }
 
     pub(super) fn spelling(&self, stream: StreamId) -> Option<Arc<str>> {
-        self.streams.get(&stream).map(|stream| Arc::clone(&stream.spelling))
+        self.streams
+            .get(&stream)
+            .map(|stream| Arc::clone(&stream.spelling))
     }
 
     pub(super) fn channels(&self) -> Vec<String> {
-        let mut channels: Vec<String> = self.spellings.keys().map(|spelling| spelling.to_string()).collect();
+        let mut channels: Vec<String> = self
+            .spellings
+            .keys()
+            .map(|spelling| spelling.to_string())
+            .collect();
         channels.sort_unstable();
         channels
     }
@@ -245,7 +274,15 @@ impl Inbox {
             }
         };
         self.spellings.insert(Arc::clone(&spelling), id);
-        self.streams.insert(id, Stream { spelling, target, last_seq: after, phase });
+        self.streams.insert(
+            id,
+            Stream {
+                spelling,
+                target,
+                last_seq: after,
+                phase,
+            },
+        );
     }
 
     /// Also forgets what is queued for it: after UNLISTEN nothing of the channel may arrive.
@@ -272,7 +309,9 @@ impl Inbox {
 
     /// Listened to already, and once more with a `seq`: what follows it comes again. `false`: not a run's.
     pub(super) fn replay(&mut self, id: StreamId, after: i64) -> bool {
-        let Some(stream) = self.streams.get_mut(&id) else { return false };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return false;
+        };
         if !matches!(stream.target, Target::Run { .. }) {
             return false;
         }
@@ -315,7 +354,9 @@ impl Inbox {
     }
 
     pub(super) fn offer_event(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         if self.cut.is_some() {
             return Offered::Skipped;
         }
@@ -329,8 +370,7 @@ impl Inbox {
                     return Offered::Skipped;
                 }
             }
-            // An event without a `seq` is in no page, so it goes live or, with the rest, into the gap.
-            Phase::Paging(_) if seq.is_none() => {}
+            // An event without a `seq` is a signal of the moment (a task's), in no page: it would overtake the replay.
             Phase::Paging(_) => return Offered::Skipped,
             Phase::Gap { to, .. } => {
                 *to = Some(frames.event.id);
@@ -349,19 +389,25 @@ impl Inbox {
     }
 
     fn fall_behind(&mut self, id: StreamId, frames: &Frames<'_>) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         let event = frames.event;
-        match (&stream.target, event.seq) {
-            (Target::Run { .. }, Some(seq)) => {
-                stream.last_seq = stream.last_seq.or(Some(seq - 1));
+        let last_seq = stream.last_seq.or(event.seq.map(|seq| seq - 1));
+        match (&stream.target, last_seq) {
+            (Target::Run { .. }, Some(_)) => {
+                stream.last_seq = last_seq;
                 stream.phase = Phase::Paging(Paging::First(Why::FellBehind));
                 self.paging += 1;
                 Offered::Skipped
             }
-            // Not part of the run's history, and so in no page: said, not kept.
-            (Target::Run { .. }, None) if matches!(stream.phase, Phase::Paging(_)) => Offered::Skipped,
+            // Of a run: a signal before the first event that counts, so that nobody knows where to page from.
             (Target::Run { .. } | Target::Flow(_) | Target::All | Target::Ordinary(_), _) => {
-                stream.phase = Phase::Gap { from: event.id, to: Some(event.id), pid: frames.pid };
+                stream.phase = Phase::Gap {
+                    from: event.id,
+                    to: Some(event.id),
+                    pid: frames.pid,
+                };
                 self.push_marker(id);
                 Offered::Gap
             }
@@ -370,16 +416,24 @@ impl Inbox {
 
     /// History was rewritten upstream (failover): a run goes back to the outbox, the others are told.
     pub(super) fn distrust(&mut self, id: StreamId, last_event_id: i64, pid: i32) -> Offered {
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
         match (&stream.target, &stream.phase) {
-            (Target::Ordinary(_), _) | (_, Phase::Paging(_) | Phase::Gap { .. }) => Offered::Skipped,
+            (Target::Ordinary(_), _) | (_, Phase::Paging(_) | Phase::Gap { .. }) => {
+                Offered::Skipped
+            }
             (Target::Run { .. }, Phase::Live) if stream.last_seq.is_some() => {
                 stream.phase = Phase::Paging(Paging::First(Why::Asked));
                 self.paging += 1;
                 Offered::Skipped
             }
             (Target::Run { .. } | Target::Flow(_) | Target::All, Phase::Live) => {
-                stream.phase = Phase::Gap { from: last_event_id.saturating_add(1), to: None, pid };
+                stream.phase = Phase::Gap {
+                    from: last_event_id.saturating_add(1),
+                    to: None,
+                    pid,
+                };
                 self.push_marker(id);
                 Offered::Gap
             }
@@ -392,7 +446,10 @@ impl Inbox {
         if self.cut.is_some() || !self.is_low() {
             return Vec::new();
         }
-        self.streams.iter().filter_map(|(&id, stream)| page(id, stream)).collect()
+        self.streams
+            .iter()
+            .filter_map(|(&id, stream)| page(id, stream))
+            .collect()
     }
 
     /// The same stream's next page, if it has one and there is room.
@@ -403,43 +460,60 @@ impl Inbox {
         page(id, self.streams.get(&id)?)
     }
 
-    /// `seqs`: the first and last the outbox has of the run. Queues the gap marker, if there is a gap.
-    pub(super) fn first_page(&mut self, id: StreamId, seqs: Option<(i64, i64)>, pid: i32) -> Offered {
+    /// Before the first row of a replay: queues the gap marker, if there is a gap.
+    pub(super) fn first_page(&mut self, id: StreamId, kept: Kept, pid: i32) -> Offered {
         let room = self.bounds.frames.saturating_sub(self.queue.len() + 1);
-        let Some(stream) = self.streams.get_mut(&id) else { return Offered::Skipped };
-        let (Phase::Paging(Paging::First(why)), Target::Run { run_id, .. }) = (&stream.phase, &stream.target) else {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Offered::Skipped;
+        };
+        let (Phase::Paging(Paging::First(why)), Target::Run { run_id, .. }) =
+            (&stream.phase, &stream.target)
+        else {
             return Offered::Skipped;
         };
         let after = stream.last_seq.unwrap_or(0);
-        let (gap, next, last_seq) = match seqs {
-            // Pruned to nothing, or nothing yet: only a reader that has seen some knows which.
-            None if after > 0 => (Some((after + 1, None)), Paging::All, None),
-            None => (None, Paging::All, None),
-            // A cursor from a history that is no more.
-            Some((_, last)) if after > last => (Some((last + 1, Some(after))), Paging::All, Some(last)),
-            Some((first, _)) if first > after + 1 => {
-                (Some((after + 1, Some(first - 1))), Paging::All, Some(first - 1))
+        let room = i64::try_from(room).unwrap_or(i64::MAX);
+        // The gap, the `seq` the stream has got to by it, and how it goes on.
+        let (gap, last_seq, phase) = match (kept.first, kept.last.or(kept.first)) {
+            // Nothing yet; or all of it forgotten, counter and all, which only a reader that has seen some can tell.
+            (_, None) => ((after > 0).then_some((after + 1, None)), None, Phase::Live),
+            // A cursor from a history that is no more: its numbers will be given to other events.
+            (_, Some(last)) if after > last => {
+                (Some((last + 1, Some(after))), Some(last), Phase::Live)
             }
-            Some((_, last)) if *why == Why::FellBehind && last - after > i64::try_from(room).unwrap_or(i64::MAX) => {
-                let (from, to) = (after + 1, last);
-                (Some((from, Some(to))), Paging::Latest { from, to }, Some(after))
+            (_, Some(last)) if after == last => (None, Some(after), Phase::Live),
+            (None, Some(last)) => (Some((after + 1, Some(last))), Some(last), Phase::Live),
+            (Some(first), Some(_)) if first > after + 1 => (
+                Some((after + 1, Some(first - 1))),
+                Some(first - 1),
+                Phase::Paging(Paging::All),
+            ),
+            (Some(_), Some(to)) if *why == Why::FellBehind && to - after > room => {
+                let from = after + 1;
+                (
+                    Some((from, Some(to))),
+                    Some(after),
+                    Phase::Paging(Paging::Latest { from, to }),
+                )
             }
-            Some(_) => (None, Paging::All, Some(after)),
+            (Some(_), Some(_)) => (None, Some(after), Phase::Paging(Paging::All)),
         };
         let marker = gap.map(|(from, to)| {
-            notification(pid, &stream.spelling, &gap_payload("run_id", Some(run_id), &Bound::Seq(from), to.map(Bound::Seq).as_ref()))
+            let payload = gap_payload(
+                "run_id",
+                Some(run_id),
+                &Bound::Seq(from),
+                to.map(Bound::Seq).as_ref(),
+            );
+            notification(pid, &stream.spelling, &payload)
         });
-        // Without any row the stream is live from its next event on, whatever its number.
         stream.last_seq = last_seq;
-        match seqs {
-            None => {
-                stream.phase = Phase::Live;
-                self.paging -= 1;
-            }
-            Some(_) => stream.phase = Phase::Paging(next),
+        if matches!(phase, Phase::Live) {
+            self.paging -= 1;
         }
+        stream.phase = phase;
         match marker {
-            // Beyond the bound if need be: one a stream and page round, never more.
+            // Beyond the bound if need be: one a stream and replay.
             Some(frame) => {
                 self.push(id, frame);
                 Offered::Gap
@@ -449,7 +523,9 @@ impl Inbox {
     }
 
     pub(super) fn page_row(&mut self, id: StreamId, frames: &mut Frames<'_>) -> Fed {
-        let Some(stream) = self.streams.get_mut(&id) else { return Fed::Gone };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return Fed::Gone;
+        };
         if self.cut.is_some() || !matches!(stream.phase, Phase::Paging(_)) {
             return Fed::Gone;
         }
@@ -464,7 +540,9 @@ impl Inbox {
 
     /// The page came back short: nothing follows that a live read will not bring.
     pub(super) fn page_end(&mut self, id: StreamId) {
-        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
         match stream.phase {
             Phase::Paging(Paging::All) => {
                 stream.phase = Phase::Live;
@@ -481,7 +559,9 @@ impl Inbox {
 
     pub(super) fn pop(&mut self) -> Popped {
         let delivery = loop {
-            let Some(item) = self.queue.pop_front() else { break self.cut.map(Delivery::Cut) };
+            let Some(item) = self.queue.pop_front() else {
+                break self.cut.map(Delivery::Cut);
+            };
             match item.frame {
                 Some(frame) => {
                     self.bytes -= frame.len();
@@ -496,7 +576,10 @@ impl Inbox {
         };
         let ask_pages = self.wants_pages();
         self.asked |= ask_pages;
-        Popped { delivery, ask_pages }
+        Popped {
+            delivery,
+            ask_pages,
+        }
     }
 
     /// Something is owed from the outbox, there is room, and the hub does not know yet.
@@ -537,12 +620,18 @@ impl Inbox {
 
     fn push(&mut self, stream: StreamId, frame: Bytes) {
         self.bytes += frame.len();
-        self.queue.push_back(Item { stream, frame: Some(frame) });
+        self.queue.push_back(Item {
+            stream,
+            frame: Some(frame),
+        });
         self.wake();
     }
 
     fn push_marker(&mut self, stream: StreamId) {
-        self.queue.push_back(Item { stream, frame: None });
+        self.queue.push_back(Item {
+            stream,
+            frame: None,
+        });
         self.wake();
     }
 
@@ -561,25 +650,40 @@ fn has_room(bounds: &Bounds, frames: usize, bytes: usize, frame: usize) -> bool 
 }
 
 fn page(id: StreamId, stream: &Stream) -> Option<Page> {
-    let (Phase::Paging(paging), Target::Run { topic, .. }) = (&stream.phase, &stream.target) else { return None };
+    let (Phase::Paging(paging), Target::Run { topic, .. }) = (&stream.phase, &stream.target) else {
+        return None;
+    };
     let (latest, first) = match *paging {
         Paging::First(_) => (None, true),
         Paging::All => (None, false),
         Paging::Latest { from, to } => (Some((from, to)), false),
     };
-    Some(Page { stream: id, topic: topic.clone(), after: stream.last_seq.unwrap_or(0), latest, first })
+    Some(Page {
+        stream: id,
+        topic: topic.clone(),
+        after: stream.last_seq.unwrap_or(0),
+        latest,
+        first,
+    })
 }
 
 /// The marker is being read: from here on the stream is live again.
 fn read_marker(stream: &mut Stream) -> Option<Bytes> {
-    let Phase::Gap { from, to, pid } = stream.phase else { return None };
+    let Phase::Gap { from, to, pid } = stream.phase else {
+        return None;
+    };
     stream.phase = Phase::Live;
     let (key, name) = match &stream.target {
         Target::Run { run_id, .. } => ("run_id", Some(run_id.as_str())),
         Target::Flow(slug) => ("flow_slug", Some(slug.as_str())),
         Target::All | Target::Ordinary(_) => ("run_id", None),
     };
-    let payload = gap_payload(key, name, &Bound::Cursor(from), to.map(Bound::Cursor).as_ref());
+    let payload = gap_payload(
+        key,
+        name,
+        &Bound::Cursor(from),
+        to.map(Bound::Cursor).as_ref(),
+    );
     Some(notification(pid, &stream.spelling, &payload))
 }
 
@@ -588,11 +692,303 @@ enum Bound {
     Cursor(i64),
 }
 
-/// A run's gap is in its `seq`s (numbers), any other in cursors (strings). `to` null: nobody can say.
+/// A run's gap is in its `seq`s (numbers), any other in cursors (strings). `to` null: nobody can say. Ids and slugs hold
+/// nothing that JSON would escape.
 fn gap_payload(key: &str, name: Option<&str>, from: &Bound, to: Option<&Bound>) -> String {
     let bound = |bound: &Bound| match bound {
-        Bound::Seq(seq) => serde_json::Value::from(*seq),
-        Bound::Cursor(id) => serde_json::Value::from(id.to_string()),
+        Bound::Seq(seq) => seq.to_string(),
+        Bound::Cursor(id) => format!("\"{id}\""),
     };
-    serde_json::json!({"event_type": "gap", key: name, "from": bound(from), "to": to.map(bound)}).to_string()
+    let null = || "null".to_owned();
+    let name = name.map_or_else(null, |name| format!("\"{name}\""));
+    let (from, to) = (bound(from), to.map_or_else(null, bound));
+    format!("{{\"event_type\": \"gap\", \"{key}\": {name}, \"from\": {from}, \"to\": {to}}}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PID: i32 = 7;
+
+    fn inbox(frames: usize) -> Inbox {
+        Inbox::new(Bounds {
+            frames,
+            bytes: 1 << 20,
+        })
+    }
+
+    fn run() -> Target {
+        Target::Run {
+            topic: "pgflow:run:r".into(),
+            run_id: "r".into(),
+        }
+    }
+
+    fn event(id: i64, seq: Option<i64>) -> Event {
+        let payload = format!("{{\"n\": {}}}", seq.unwrap_or(-id));
+        Event {
+            id,
+            topic: "pgflow:run:r".into(),
+            seq,
+            flow: None,
+            payload,
+        }
+    }
+
+    fn offer(inbox: &mut Inbox, stream: StreamId, id: i64, seq: Option<i64>) -> Offered {
+        inbox.offer_event(stream, &mut Frames::new(&event(id, seq), PID))
+    }
+
+    /// A page as the hub serves it, from an outbox that holds these.
+    fn serve(inbox: &mut Inbox, stream: StreamId, kept: Kept, limit: usize) {
+        let first = inbox.page(stream).expect("a page is owed");
+        if first.first {
+            inbox.first_page(stream, kept, PID);
+        }
+        let Some(page) = inbox.page(stream) else {
+            return;
+        };
+        let to = page
+            .latest
+            .map_or(kept.last, |(_, to)| Some(to))
+            .unwrap_or(0);
+        let first = kept.first.unwrap_or(i64::MAX).max(page.after + 1);
+        // Compacted to every tenth.
+        let rows: Vec<i64> = (first..=to)
+            .filter(|seq| page.latest.is_none() || seq % 10 == 0)
+            .collect();
+        for &seq in rows.iter().take(limit) {
+            if inbox.page_row(stream, &mut Frames::new(&event(seq, Some(seq)), PID)) != Fed::Queued
+            {
+                return;
+            }
+        }
+        if rows.len() <= limit {
+            inbox.page_end(stream);
+        }
+    }
+
+    fn text(delivery: Option<Delivery>) -> String {
+        match delivery {
+            None => "-".into(),
+            Some(Delivery::Cut(reason)) => format!("{reason:?}"),
+            Some(Delivery::Frame(frame)) => {
+                let payload = frame[9..]
+                    .split(|&byte| byte == 0)
+                    .nth(1)
+                    .expect("channel, then payload");
+                let payload: serde_json::Value = serde_json::from_slice(payload).expect("JSON");
+                match payload.get("event_type") {
+                    Some(_) => format!("gap {}..{}", payload["from"], payload["to"]),
+                    None => payload["n"].to_string(),
+                }
+            }
+        }
+    }
+
+    fn drain(inbox: &mut Inbox) -> String {
+        let mut all = Vec::new();
+        loop {
+            match text(inbox.pop().delivery) {
+                end if end == "-" => break,
+                delivery => all.push(delivery),
+            }
+        }
+        all.join(" ")
+    }
+
+    fn kept(first: i64, last: i64) -> Kept {
+        Kept {
+            first: Some(first),
+            last: Some(last),
+        }
+    }
+
+    #[test]
+    fn a_notification_is_framed_as_postgres_does() {
+        let frame = notification(258, "ch", "pay");
+        assert_eq!(&frame[..], b"A\0\0\0\x0f\0\0\x01\x02ch\0pay\0");
+    }
+
+    #[test]
+    fn one_event_is_encoded_once_for_all_who_spell_the_channel_alike() {
+        let event = event(1, Some(1));
+        let mut frames = Frames::new(&event, PID);
+        let (a, b) = (frames.spelled(&"x".into()), frames.spelled(&"x".into()));
+        assert_eq!(a.as_ptr(), b.as_ptr());
+        assert_ne!(frames.spelled(&"X".into()), a);
+    }
+
+    #[test]
+    fn live_events_come_in_order_and_a_repeated_one_is_dropped() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Skipped);
+        assert_eq!(offer(&mut inbox, 1, 2, None), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 1, 3, Some(6)), Offered::Queued);
+        assert_eq!(drain(&mut inbox), "5 -2 6");
+    }
+
+    #[test]
+    fn a_replay_takes_live_events_from_the_outbox_until_it_has_caught_up() {
+        let mut inbox = inbox(100);
+        inbox.add(1, "c", run(), Some(2));
+        assert!(inbox.ask_pages());
+        assert_eq!(offer(&mut inbox, 1, 4, Some(4)), Offered::Skipped);
+        serve(&mut inbox, 1, kept(1, 4), 1);
+        assert_eq!(offer(&mut inbox, 1, 5, Some(5)), Offered::Skipped);
+        serve(&mut inbox, 1, kept(1, 5), 10);
+        assert_eq!(inbox.page(1), None);
+        assert_eq!(offer(&mut inbox, 1, 5, Some(5)), Offered::Skipped);
+        assert_eq!(offer(&mut inbox, 1, 6, Some(6)), Offered::Queued);
+        assert_eq!(drain(&mut inbox), "3 4 5 6");
+    }
+
+    /// `after`, what the outbox has, what is delivered, then live.
+    #[track_caller]
+    fn check_gap(after: i64, kept: Kept, delivered: &str) {
+        let mut inbox = inbox(100);
+        inbox.add(1, "c", run(), Some(after));
+        serve(&mut inbox, 1, kept, 100);
+        assert_eq!(inbox.page(1), None, "live again");
+        assert_eq!(drain(&mut inbox), delivered);
+        let next = kept.last.unwrap_or(0) + 1;
+        assert_eq!(offer(&mut inbox, 1, next, Some(next)), Offered::Queued);
+    }
+
+    #[test]
+    fn what_the_outbox_no_longer_has_is_announced() {
+        check_gap(0, Kept::default(), "");
+        check_gap(0, kept(1, 2), "1 2");
+        check_gap(2, kept(1, 2), "");
+        check_gap(1, kept(4, 5), "gap 2..3 4 5");
+        check_gap(
+            1,
+            Kept {
+                first: None,
+                last: Some(9),
+            },
+            "gap 2..9",
+        );
+        check_gap(
+            9,
+            Kept {
+                first: None,
+                last: Some(9),
+            },
+            "",
+        );
+        check_gap(3, Kept::default(), "gap 4..null");
+        check_gap(7, kept(1, 5), "gap 6..7");
+    }
+
+    #[test]
+    fn a_slow_reader_of_a_run_gets_the_latest_states_after_a_gap_and_then_goes_on() {
+        let mut inbox = inbox(4);
+        inbox.add(1, "c", run(), None);
+        for seq in 1..=40 {
+            offer(&mut inbox, 1, seq, Some(seq));
+        }
+        assert_eq!(inbox.page(1), None, "no room, no page");
+        let first_four: Vec<Popped> = (0..4).map(|_| inbox.pop()).collect();
+        assert_eq!(
+            first_four.iter().filter(|popped| popped.ask_pages).count(),
+            1,
+            "asked once"
+        );
+        serve(&mut inbox, 1, kept(1, 40), 100);
+        assert_eq!(drain(&mut inbox), "gap 5..40 10 20 30");
+        serve(&mut inbox, 1, kept(1, 41), 100);
+        assert_eq!(drain(&mut inbox), "40");
+        serve(&mut inbox, 1, kept(1, 41), 100);
+        assert_eq!(drain(&mut inbox), "41");
+        assert_eq!(offer(&mut inbox, 1, 42, Some(42)), Offered::Queued);
+    }
+
+    #[test]
+    fn what_a_slow_reader_missed_comes_whole_if_it_fits() {
+        let mut inbox = inbox(8);
+        inbox.add(1, "c", run(), None);
+        for seq in 1..=12 {
+            offer(&mut inbox, 1, seq, Some(seq));
+        }
+        assert_eq!(drain(&mut inbox), "1 2 3 4 5 6 7 8");
+        serve(&mut inbox, 1, kept(1, 12), 100);
+        assert_eq!(drain(&mut inbox), "9 10 11 12");
+    }
+
+    #[test]
+    fn a_slow_reader_of_all_gets_one_gap_in_its_place() {
+        let mut inbox = inbox(2);
+        inbox.add(1, "all", Target::All, None);
+        for id in 1..=5 {
+            offer(&mut inbox, 1, id, Some(id));
+        }
+        assert_eq!(text(inbox.pop().delivery), "1");
+        assert_eq!(offer(&mut inbox, 1, 6, Some(6)), Offered::Skipped);
+        assert_eq!(drain(&mut inbox), "2 gap \"3\"..\"6\"");
+        assert_eq!(offer(&mut inbox, 1, 7, Some(7)), Offered::Queued);
+    }
+
+    #[test]
+    fn a_slow_reader_of_an_ordinary_channel_is_cut() {
+        let mut inbox = inbox(2);
+        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        let frame = notification(PID, "o", "{}");
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Skipped);
+        assert_eq!(
+            inbox.pop().delivery,
+            Some(Delivery::Cut(CutReason::TooSlow))
+        );
+        assert_eq!(
+            inbox.pop().delivery,
+            Some(Delivery::Cut(CutReason::TooSlow))
+        );
+    }
+
+    #[test]
+    fn a_frame_larger_than_the_bound_passes_when_nothing_waits() {
+        let mut inbox = Inbox::new(Bounds {
+            frames: 4,
+            bytes: 10,
+        });
+        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        let frame = notification(PID, "o", "a payload of more than ten bytes");
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
+    }
+
+    #[test]
+    fn after_unlisten_nothing_of_the_channel_comes() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        inbox.add(2, "all", Target::All, None);
+        offer(&mut inbox, 1, 1, Some(1));
+        offer(&mut inbox, 2, 1, Some(1));
+        assert_eq!(inbox.remove(1), Some(run()));
+        assert_eq!(offer(&mut inbox, 1, 2, Some(2)), Offered::Skipped);
+        assert_eq!(inbox.channels(), ["all"]);
+        assert_eq!(drain(&mut inbox), "1");
+        assert_eq!(inbox.bytes, 0);
+    }
+
+    #[test]
+    fn a_rewritten_history_sends_runs_back_to_the_outbox_and_tells_the_others() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        inbox.add(2, "all", Target::All, None);
+        offer(&mut inbox, 1, 9, Some(9));
+        assert_eq!(drain(&mut inbox), "9");
+        assert_eq!(inbox.distrust(1, 9, PID), Offered::Skipped);
+        assert_eq!(inbox.distrust(2, 9, PID), Offered::Gap);
+        serve(&mut inbox, 1, kept(1, 8), 100);
+        assert_eq!(drain(&mut inbox), "gap \"10\"..null gap 9..9");
+        assert_eq!(offer(&mut inbox, 1, 10, Some(9)), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 2, 10, Some(9)), Offered::Queued);
+    }
 }

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
-use crate::upstream::{DialError, Upstream, dial};
+use crate::upstream::{DialError, Upstream, dial, words};
 
 const APPLICATION: &str = "flowgate probe";
 /// Samples kept. Equal positions are one sample, so an idle primary fills one.
@@ -77,12 +77,20 @@ impl Freshness {
         for replica in 0..shared.replicas.len() {
             tasks.spawn_on(run(Arc::clone(&shared), Server::Replica(replica)), handle);
         }
-        Self { shared, _tasks: Arc::new(tasks) }
+        Self {
+            shared,
+            _tasks: Arc::new(tasks),
+        }
     }
 
     /// A replica that has replayed whatever any commit acknowledged before `since` can have written. Waits at most
     /// `wait`, and not at all where that is hopeless. `None`: use the primary.
-    pub(crate) async fn fresh_replica(&self, since: Instant, prefer: Option<usize>, wait: Duration) -> Option<usize> {
+    pub(crate) async fn fresh_replica(
+        &self,
+        since: Instant,
+        prefer: Option<usize>,
+        wait: Duration,
+    ) -> Option<usize> {
         let deadline = Instant::now() + wait;
         loop {
             // Enabled before looking, so that news in between is not missed.
@@ -203,10 +211,18 @@ impl Window {
 
     /// The lowest position known to cover everything acknowledged before `since`.
     fn covering(&self, since: Instant) -> Option<Sample> {
-        self.samples.get(self.samples.partition_point(|sample| sample.last < since)).copied()
+        self.samples
+            .get(self.samples.partition_point(|sample| sample.last < since))
+            .copied()
     }
 
-    fn decide(&mut self, since: Instant, prefer: Option<usize>, now: Instant, deadline: Instant) -> Verdict {
+    fn decide(
+        &mut self,
+        since: Instant,
+        prefer: Option<usize>,
+        now: Instant,
+        deadline: Instant,
+    ) -> Verdict {
         if !self.replicas.iter().any(|replica| replica.in_rotation) {
             return Verdict::Primary;
         }
@@ -218,11 +234,15 @@ impl Window {
             return Verdict::Wait;
         };
         let is_fresh = |replica: &Replica| replica.in_rotation && replica.replayed >= need.lsn;
-        if let Some(preferred) = prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh)) {
+        if let Some(preferred) =
+            prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh))
+        {
             return Verdict::Fresh(preferred);
         }
         let count = self.replicas.len();
-        let next = (0..count).map(|step| (self.rotation + step) % count).find(|&index| is_fresh(&self.replicas[index]));
+        let next = (0..count)
+            .map(|step| (self.rotation + step) % count)
+            .find(|&index| is_fresh(&self.replicas[index]));
         if let Some(next) = next {
             self.rotation = (next + 1) % count;
             return Verdict::Fresh(next);
@@ -231,14 +251,24 @@ impl Window {
         self.wanted_lsn = self.wanted_lsn.max(need.lsn);
         self.wanted_until = Some(now + INTEREST);
         // What the primary wrote at `need.first` arrives as late as the replica is behind.
-        let in_time = |replica: &Replica| replica.in_rotation && need.first + self.lag(replica, now) <= deadline;
-        if self.replicas.iter().any(in_time) { Verdict::Wait } else { Verdict::Primary }
+        let in_time = |replica: &Replica| {
+            replica.in_rotation && need.first + self.lag(replica, now) <= deadline
+        };
+        if self.replicas.iter().any(in_time) {
+            Verdict::Wait
+        } else {
+            Verdict::Primary
+        }
     }
 
     /// How long ago the primary was first seen beyond what the replica has replayed.
     fn lag(&self, replica: &Replica, now: Instant) -> Duration {
-        let beyond = self.samples.partition_point(|sample| sample.lsn <= replica.replayed);
-        self.samples.get(beyond).map_or(Duration::ZERO, |sample| now.saturating_duration_since(sample.first))
+        let beyond = self
+            .samples
+            .partition_point(|sample| sample.lsn <= replica.replayed);
+        self.samples.get(beyond).map_or(Duration::ZERO, |sample| {
+            now.saturating_duration_since(sample.first)
+        })
     }
 
     fn wants_primary(&self) -> bool {
@@ -259,9 +289,17 @@ impl Window {
             // A crash lost what was never flushed: none of it can be a token.
             Some(last) if last.lsn > lsn => {
                 self.samples.clear();
-                self.samples.push_back(Sample { lsn, first: started, last: started });
+                self.samples.push_back(Sample {
+                    lsn,
+                    first: started,
+                    last: started,
+                });
             }
-            Some(_) | None => self.samples.push_back(Sample { lsn, first: started, last: started }),
+            Some(_) | None => self.samples.push_back(Sample {
+                lsn,
+                first: started,
+                last: started,
+            }),
         }
         if self.samples.len() > SAMPLES {
             self.samples.pop_front();
@@ -277,13 +315,18 @@ impl Window {
 
     /// Another connection to the primary: nothing sampled over the last one is trusted.
     fn primary_known(&mut self, identity: Identity) {
-        let same = self.primary.as_ref().is_some_and(|known| known.agrees_with(&identity));
+        let same = self
+            .primary
+            .as_ref()
+            .is_some_and(|known| known.agrees_with(&identity));
         self.samples.clear();
         self.wanted_lsn = 0;
         self.primary = Some(identity);
         self.away = false;
         if !same {
-            self.replicas.iter_mut().for_each(|replica| replica.in_rotation = false);
+            self.replicas
+                .iter_mut()
+                .for_each(|replica| replica.in_rotation = false);
         }
     }
 
@@ -297,13 +340,18 @@ impl Window {
     fn replayed(&mut self, index: usize, lsn: u64, identity: Option<&Identity>) -> Option<Outside> {
         let outside = match (&self.primary, identity) {
             (None, _) => Some(Outside::PrimaryUnknown),
-            (Some(primary), Some(identity)) if !primary.agrees_with(identity) => Some(Outside::OtherHistory),
+            (Some(primary), Some(identity)) if !primary.agrees_with(identity) => {
+                Some(Outside::OtherHistory)
+            }
             (Some(_), Some(_)) => None,
             // Between two looks at who it is.
             (Some(_), None) if self.replicas[index].in_rotation => None,
             (Some(_), None) => Some(Outside::Unverified),
         };
-        self.replicas[index] = Replica { in_rotation: outside.is_none(), replayed: lsn };
+        self.replicas[index] = Replica {
+            in_rotation: outside.is_none(),
+            replayed: lsn,
+        };
         outside
     }
 
@@ -376,9 +424,9 @@ fn leave(shared: &Shared, server: Server, error: &ProbeError) {
     };
     shared.news.notify_waiters();
     if upstream.set_healthy(false) {
-        warn!(upstream = upstream.name, role = ?upstream.role, %error, "upstream left rotation");
+        warn!(upstream = upstream.name, role = ?upstream.role, error = words(error), "upstream left rotation");
     } else {
-        debug!(upstream = upstream.name, role = ?upstream.role, %error, "upstream still out of rotation");
+        debug!(upstream = upstream.name, role = ?upstream.role, error = words(error), "upstream still out of rotation");
     }
 }
 
@@ -421,13 +469,20 @@ async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, Probe
     )
     .await?;
     let timeline = row.get(0).ok_or(ProbeError::Answer)?.to_owned();
-    let block: u64 = row.get(1).and_then(|size| size.parse().ok()).ok_or(ProbeError::Answer)?;
+    let block: u64 = row
+        .get(1)
+        .and_then(|size| size.parse().ok())
+        .ok_or(ProbeError::Answer)?;
     let system = system_identifier(client).await?;
     shared.window().primary_known(Identity { system, timeline });
     loop {
         let started = Instant::now();
         let row = one_row(client, "select pg_current_wal_insert_lsn()").await?;
-        let lsn = row.get(0).and_then(parse_lsn).map(|lsn| without_header(lsn, block)).ok_or(ProbeError::Answer)?;
+        let lsn = row
+            .get(0)
+            .and_then(parse_lsn)
+            .map(|lsn| without_header(lsn, block))
+            .ok_or(ProbeError::Answer)?;
         shared.window().sampled(started, lsn);
         shared.news.notify_waiters();
         shared.primary.set_lsn(lsn);
@@ -442,13 +497,21 @@ async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, Probe
     }
 }
 
-async fn sample_replica(shared: &Shared, index: usize, client: &Client) -> Result<Never, ProbeError> {
+async fn sample_replica(
+    shared: &Shared,
+    index: usize,
+    client: &Client,
+) -> Result<Never, ProbeError> {
     let replica = &shared.replicas[index];
     let system = system_identifier(client).await?;
     let mut looked: Option<Instant> = None;
     loop {
         let started = Instant::now();
-        let row = one_row(client, "select pg_is_in_recovery(), pg_last_wal_replay_lsn()").await?;
+        let row = one_row(
+            client,
+            "select pg_is_in_recovery(), pg_last_wal_replay_lsn()",
+        )
+        .await?;
         if row.get(0) != Some("t") {
             return Err(Outside::Promoted.into());
         }
@@ -456,13 +519,19 @@ async fn sample_replica(shared: &Shared, index: usize, client: &Client) -> Resul
         let due = looked.is_none_or(|looked| looked.elapsed() >= HEALTH) || !replica.is_healthy();
         let identity = if due {
             looked = Some(started);
-            Some(Identity { system: system.clone(), timeline: replayed_timeline(client).await? })
+            Some(Identity {
+                system: system.clone(),
+                timeline: replayed_timeline(client).await?,
+            })
         } else {
             None
         };
         let (outside, latest) = {
             let mut window = shared.window();
-            (window.replayed(index, lsn, identity.as_ref()), window.latest())
+            (
+                window.replayed(index, lsn, identity.as_ref()),
+                window.latest(),
+            )
         };
         shared.news.notify_waiters();
         replica.set_lsn(lsn);
@@ -499,7 +568,13 @@ async fn system_identifier(client: &Client) -> Result<String, ProbeError> {
 /// As of the last restartpoint, spelled as in a WAL file's name. After a failover it lags, and so the replica stays out
 /// until it is known to follow the new primary.
 async fn replayed_timeline(client: &Client) -> Result<String, ProbeError> {
-    optional(one_row(client, "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()").await)
+    optional(
+        one_row(
+            client,
+            "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()",
+        )
+        .await,
+    )
 }
 
 fn optional(row: Result<SimpleQueryRow, ProbeError>) -> Result<String, ProbeError> {
@@ -524,7 +599,10 @@ async fn one_row(client: &Client, sql: &str) -> Result<SimpleQueryRow, ProbeErro
 /// `pg_lsn` as text: `16/B374D848`.
 fn parse_lsn(text: &str) -> Option<u64> {
     let (high, low) = text.split_once('/')?;
-    Some(u64::from(u32::from_str_radix(high, 16).ok()?) << 32 | u64::from(u32::from_str_radix(low, 16).ok()?))
+    Some(
+        u64::from(u32::from_str_radix(high, 16).ok()?) << 32
+            | u64::from(u32::from_str_radix(low, 16).ok()?),
+    )
 }
 
 /// Where a record ended exactly with its page, the insert position is already past the next page's header (24 bytes, 40
@@ -534,5 +612,158 @@ fn without_header(lsn: u64, block: u64) -> u64 {
     match lsn % block {
         offset @ (24 | 40) => lsn - offset,
         _ => lsn,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    fn identity(timeline: &str) -> Identity {
+        Identity {
+            system: "1".into(),
+            timeline: timeline.into(),
+        }
+    }
+
+    /// Samples at (ms, lsn), replicas that have replayed so much.
+    fn window(start: Instant, samples: &[(u64, u64)], replayed: &[u64]) -> Window {
+        let mut window = Window::new(replayed.len());
+        window.primary_known(identity("1"));
+        for &(at, lsn) in samples {
+            window.sampled(start + MS(at), lsn);
+        }
+        for (index, &lsn) in replayed.iter().enumerate() {
+            assert_eq!(window.replayed(index, lsn, Some(&identity("1"))), None);
+        }
+        window
+    }
+
+    #[track_caller]
+    fn check(
+        samples: &[(u64, u64)],
+        replayed: &[u64],
+        since: u64,
+        now: u64,
+        wait: u64,
+        expected: Verdict,
+    ) {
+        let start = Instant::now();
+        let mut window = window(start, samples, replayed);
+        let now = start + MS(now);
+        assert_eq!(
+            window.decide(start + MS(since), None, now, now + MS(wait)),
+            expected
+        );
+    }
+
+    #[test]
+    fn a_replica_is_fresh_once_it_has_replayed_the_first_sample_begun_since() {
+        let samples = [(0, 100), (10, 200), (20, 300)];
+        check(&samples, &[200], 10, 21, 20, Verdict::Fresh(0));
+        check(&samples, &[200], 5, 21, 20, Verdict::Fresh(0));
+        check(&samples, &[199], 10, 21, 20, Verdict::Wait);
+        check(&samples, &[299], 11, 21, 20, Verdict::Wait);
+        check(&samples, &[299, 300], 11, 21, 20, Verdict::Fresh(1));
+        // A sample begun before the acknowledgement proves nothing, however high.
+        check(&samples, &[999], 21, 21, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn an_idle_primary_is_one_sample_that_reaches_to_its_last_look() {
+        let samples = [(0, 100), (10, 100), (2000, 100)];
+        check(&samples, &[100], 1500, 2001, 20, Verdict::Fresh(0));
+        check(&samples, &[100], 2001, 2001, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn a_replica_that_lags_beyond_the_wait_is_not_waited_for() {
+        let samples = [(0, 100), (10, 200), (1000, 300)];
+        // At 1001 it has been 991 ms behind: 300 would come at about 1991.
+        check(&samples, &[150], 1000, 1001, 20, Verdict::Primary);
+        check(&samples, &[150], 1000, 1001, 2000, Verdict::Wait);
+        check(&samples, &[250], 1000, 1001, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn the_preferred_replica_is_taken_if_fresh_and_the_others_in_turn() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100, 50, 100]);
+        let mut ask = |prefer| window.decide(start, prefer, start, start);
+        assert_eq!(ask(Some(2)), Verdict::Fresh(2));
+        assert_eq!(ask(Some(1)), Verdict::Fresh(0));
+        assert_eq!(ask(None), Verdict::Fresh(2));
+        assert_eq!(ask(None), Verdict::Fresh(0));
+        assert_eq!(ask(Some(9)), Verdict::Fresh(2));
+    }
+
+    #[test]
+    fn without_the_primary_old_tokens_hold_and_new_ones_cannot_be_had() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100]);
+        window.primary_away();
+        assert_eq!(
+            window.decide(start, None, start, start + MS(20)),
+            Verdict::Fresh(0)
+        );
+        assert_eq!(
+            window.decide(start + MS(1), None, start, start + MS(20)),
+            Verdict::Primary
+        );
+        assert!(!window.wants_primary());
+    }
+
+    #[test]
+    fn another_timeline_drops_tokens_and_replicas_until_they_are_known_to_follow() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[500]);
+        window.primary_known(identity("2"));
+        window.sampled(start + MS(10), 120);
+        let ask = |window: &mut Window| window.decide(start, None, start + MS(10), start + MS(30));
+        assert_eq!(ask(&mut window), Verdict::Primary);
+        assert_eq!(window.replayed(0, 500, None), Some(Outside::Unverified));
+        assert_eq!(
+            window.replayed(0, 500, Some(&identity("1"))),
+            Some(Outside::OtherHistory)
+        );
+        assert_eq!(ask(&mut window), Verdict::Primary);
+        assert_eq!(window.replayed(0, 130, Some(&identity("2"))), None);
+        assert_eq!(ask(&mut window), Verdict::Fresh(0));
+    }
+
+    #[test]
+    fn a_position_that_went_back_drops_what_was_sampled_before() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100), (1, 300), (2, 200)], &[250]);
+        assert_eq!(window.covering(start).map(|sample| sample.lsn), Some(200));
+        assert_eq!(window.samples.len(), 1);
+        for n in 0..3000 {
+            window.sampled(start + MS(10 + n), 1000 + n);
+        }
+        assert_eq!(window.samples.len(), SAMPLES);
+    }
+
+    #[test]
+    fn positions_are_read_as_postgres_writes_them() {
+        assert_eq!(parse_lsn("16/B374D848"), Some(0x16_B374_D848));
+        assert_eq!(parse_lsn("0/0"), Some(0));
+        for bad in ["", "16", "16/", "16/x", "1/2/3", "100000000/0"] {
+            assert_eq!(parse_lsn(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_page_header_is_no_record() {
+        for (lsn, expected) in [
+            (8192 + 24, 8192),
+            (16 << 20 | 40, 16 << 20),
+            (8192 + 48, 8192 + 48),
+            (8192, 8192),
+        ] {
+            assert_eq!(without_header(lsn, 8192), expected);
+        }
+        assert_eq!(without_header(8192 + 24, 32768), 8192 + 24);
     }
 }
