@@ -1,5 +1,5 @@
-//! A configured Postgres: its name, its role, its health and lag as last seen. Decides
-//! nothing: `pool/probe.rs` writes what it sees here, routing, metrics and the console read it.
+//! A configured Postgres: its name, its role, its health and lag as last seen. Decides nothing: `pool/probe.rs` writes
+//! what it sees here, routing, metrics and the console read it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 

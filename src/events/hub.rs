@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
-use crate::pgflow::events::Channel;
+use crate::pgflow::events::{Channel, run_topic, truncate_identifier};
 
 use super::subscription::{
     Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification,
@@ -26,12 +26,8 @@ use super::{EventMetrics, EventsError, upstream};
 const QUEUE_BYTES: usize = 16 << 20;
 /// Channels one session may listen to.
 const CHANNELS: usize = 10_000;
-/// NAMEDATALEN - 1: Postgres cuts an identifier here, and so a longer ordinary channel is the shorter one.
-const NAME_BYTES: usize = 63;
 /// How long shutdown waits for the listeners to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
-/// What the outbox's writers notify.
-pub(super) const WAKE_CHANNEL: &str = "flowgate_wake";
 
 /// All hubs of a process.
 pub(crate) struct Hubs {
@@ -399,7 +395,7 @@ impl State {
             let Some(spelling) = inbox.spelling(stream) else {
                 continue;
             };
-            let channel = as_postgres_cuts_it(&spelling).to_owned();
+            let channel = truncate_identifier(&spelling).to_owned();
             inbox.make_ordinary(stream, &channel);
             drop(inbox);
             let ordinary = self.ordinary.entry(channel.clone()).or_default();
@@ -478,8 +474,13 @@ fn answer(waiter: Answer, result: Result<(), EventsError>) {
     drop(waiter.send(result));
 }
 
-fn as_postgres_cuts_it(channel: &str) -> &str {
-    &channel[..channel.floor_char_boundary(NAME_BYTES)]
+/// As its notifications will name it: without `@seq`, else as the client spells it, as far as Postgres reads.
+fn spelling<'a>(name: &'a str, channel: &Channel) -> &'a str {
+    match channel {
+        Channel::Run { .. } => name.split_once('@').map_or(name, |(channel, _)| channel),
+        Channel::Flow(_) | Channel::All => name,
+        Channel::Ordinary(_) => truncate_identifier(name),
+    }
 }
 
 impl Hub {
@@ -528,25 +529,19 @@ impl Hub {
         if name.is_empty() {
             return Err(EventsError::EmptyChannel);
         }
-        let (spelling, target, after) = match Channel::parse(name) {
-            Channel::Run { id, after } => {
-                let spelling = name.split_once('@').map_or(name, |(channel, _)| channel);
-                let run_id = id.to_string();
-                (
-                    spelling,
-                    Target::Run {
-                        topic: format!("pgflow:run:{run_id}"),
-                        run_id,
-                    },
-                    after,
-                )
-            }
-            Channel::Flow(slug) => (name, Target::Flow(slug.to_string()), None),
-            Channel::All => (name, Target::All, None),
-            Channel::Ordinary(name_again) => {
-                let channel = as_postgres_cuts_it(&name_again).to_owned();
-                (as_postgres_cuts_it(name), Target::Ordinary(channel), None)
-            }
+        let channel = Channel::parse(name);
+        let spelling = spelling(name, &channel);
+        let (target, after) = match channel {
+            Channel::Run { id, after } => (
+                Target::Run {
+                    topic: run_topic(id),
+                    run_id: id.to_string(),
+                },
+                after,
+            ),
+            Channel::Flow(slug) => (Target::Flow(slug.as_str().to_owned()), None),
+            Channel::All => (Target::All, None),
+            Channel::Ordinary(channel) => (Target::Ordinary(channel), None),
         };
         let mut state = lock(&self.state);
         if state.stopping {
@@ -677,10 +672,6 @@ impl Hub {
 
     pub(super) fn is_idle(&self) -> bool {
         lock(&self.state).is_idle()
-    }
-
-    pub(super) fn follows_flows(&self) -> bool {
-        !lock(&self.state).flows.is_empty()
     }
 
     /// Nobody listens: the task may end, and the next LISTEN starts another.
@@ -849,13 +840,7 @@ impl Subscriber {
     }
 
     pub(crate) fn unlisten(&self, channel: &str) {
-        let spelling = match Channel::parse(channel) {
-            Channel::Run { .. } => channel
-                .split_once('@')
-                .map_or(channel, |(channel, _)| channel),
-            Channel::Flow(_) | Channel::All => channel,
-            Channel::Ordinary(_) => as_postgres_cuts_it(channel),
-        };
+        let spelling = spelling(channel, &Channel::parse(channel));
         let stream = self.mailbox.lock().find(spelling);
         if let Some(stream) = stream {
             self.hub.unsubscribe(&self.mailbox, stream);

@@ -152,6 +152,15 @@ pub(super) struct Page {
     pub(super) first: bool,
 }
 
+/// What the outbox has of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// The first event that has not been dropped for its age.
+    pub(super) first: Option<i64>,
+    /// The last ever sent.
+    pub(super) last: Option<i64>,
+}
+
 /// What came of one offered frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Offered {
@@ -361,8 +370,7 @@ impl Inbox {
                     return Offered::Skipped;
                 }
             }
-            // An event without a `seq` is in no page, so it goes live or, with the rest, into the gap.
-            Phase::Paging(_) if seq.is_none() => {}
+            // An event without a `seq` is a signal of the moment (a task's), in no page: it would overtake the replay.
             Phase::Paging(_) => return Offered::Skipped,
             Phase::Gap { to, .. } => {
                 *to = Some(frames.event.id);
@@ -385,17 +393,15 @@ impl Inbox {
             return Offered::Skipped;
         };
         let event = frames.event;
-        match (&stream.target, event.seq) {
-            (Target::Run { .. }, Some(seq)) => {
-                stream.last_seq = stream.last_seq.or(Some(seq - 1));
+        let last_seq = stream.last_seq.or(event.seq.map(|seq| seq - 1));
+        match (&stream.target, last_seq) {
+            (Target::Run { .. }, Some(_)) => {
+                stream.last_seq = last_seq;
                 stream.phase = Phase::Paging(Paging::First(Why::FellBehind));
                 self.paging += 1;
                 Offered::Skipped
             }
-            // Not part of the run's history, and so in no page: said, not kept.
-            (Target::Run { .. }, None) if matches!(stream.phase, Phase::Paging(_)) => {
-                Offered::Skipped
-            }
+            // Of a run: a signal before the first event that counts, so that nobody knows where to page from.
             (Target::Run { .. } | Target::Flow(_) | Target::All | Target::Ordinary(_), _) => {
                 stream.phase = Phase::Gap {
                     from: event.id,
@@ -454,13 +460,8 @@ impl Inbox {
         page(id, self.streams.get(&id)?)
     }
 
-    /// `seqs`: the first and last the outbox has of the run. Queues the gap marker, if there is a gap.
-    pub(super) fn first_page(
-        &mut self,
-        id: StreamId,
-        seqs: Option<(i64, i64)>,
-        pid: i32,
-    ) -> Offered {
+    /// Before the first row of a replay: queues the gap marker, if there is a gap.
+    pub(super) fn first_page(&mut self, id: StreamId, kept: Kept, pid: i32) -> Offered {
         let room = self.bounds.frames.saturating_sub(self.queue.len() + 1);
         let Some(stream) = self.streams.get_mut(&id) else {
             return Offered::Skipped;
@@ -471,55 +472,48 @@ impl Inbox {
             return Offered::Skipped;
         };
         let after = stream.last_seq.unwrap_or(0);
-        let (gap, next, last_seq) = match seqs {
-            // Pruned to nothing, or nothing yet: only a reader that has seen some knows which.
-            None if after > 0 => (Some((after + 1, None)), Paging::All, None),
-            None => (None, Paging::All, None),
-            // A cursor from a history that is no more.
-            Some((_, last)) if after > last => {
-                (Some((last + 1, Some(after))), Paging::All, Some(last))
+        let room = i64::try_from(room).unwrap_or(i64::MAX);
+        // The gap, the `seq` the stream has got to by it, and how it goes on.
+        let (gap, last_seq, phase) = match (kept.first, kept.last.or(kept.first)) {
+            // Nothing yet; or all of it forgotten, counter and all, which only a reader that has seen some can tell.
+            (_, None) => ((after > 0).then_some((after + 1, None)), None, Phase::Live),
+            // A cursor from a history that is no more: its numbers will be given to other events.
+            (_, Some(last)) if after > last => {
+                (Some((last + 1, Some(after))), Some(last), Phase::Live)
             }
-            Some((first, _)) if first > after + 1 => (
+            (_, Some(last)) if after == last => (None, Some(after), Phase::Live),
+            (None, Some(last)) => (Some((after + 1, Some(last))), Some(last), Phase::Live),
+            (Some(first), Some(_)) if first > after + 1 => (
                 Some((after + 1, Some(first - 1))),
-                Paging::All,
                 Some(first - 1),
+                Phase::Paging(Paging::All),
             ),
-            Some((_, last))
-                if *why == Why::FellBehind
-                    && last - after > i64::try_from(room).unwrap_or(i64::MAX) =>
-            {
-                let (from, to) = (after + 1, last);
+            (Some(_), Some(to)) if *why == Why::FellBehind && to - after > room => {
+                let from = after + 1;
                 (
                     Some((from, Some(to))),
-                    Paging::Latest { from, to },
                     Some(after),
+                    Phase::Paging(Paging::Latest { from, to }),
                 )
             }
-            Some(_) => (None, Paging::All, Some(after)),
+            (Some(_), Some(_)) => (None, Some(after), Phase::Paging(Paging::All)),
         };
         let marker = gap.map(|(from, to)| {
-            notification(
-                pid,
-                &stream.spelling,
-                &gap_payload(
-                    "run_id",
-                    Some(run_id),
-                    &Bound::Seq(from),
-                    to.map(Bound::Seq).as_ref(),
-                ),
-            )
+            let payload = gap_payload(
+                "run_id",
+                Some(run_id),
+                &Bound::Seq(from),
+                to.map(Bound::Seq).as_ref(),
+            );
+            notification(pid, &stream.spelling, &payload)
         });
-        // Without any row the stream is live from its next event on, whatever its number.
         stream.last_seq = last_seq;
-        match seqs {
-            None => {
-                stream.phase = Phase::Live;
-                self.paging -= 1;
-            }
-            Some(_) => stream.phase = Phase::Paging(next),
+        if matches!(phase, Phase::Live) {
+            self.paging -= 1;
         }
+        stream.phase = phase;
         match marker {
-            // Beyond the bound if need be: one a stream and page round, never more.
+            // Beyond the bound if need be: one a stream and replay.
             Some(frame) => {
                 self.push(id, frame);
                 Offered::Gap
@@ -698,12 +692,303 @@ enum Bound {
     Cursor(i64),
 }
 
-/// A run's gap is in its `seq`s (numbers), any other in cursors (strings). `to` null: nobody can say.
+/// A run's gap is in its `seq`s (numbers), any other in cursors (strings). `to` null: nobody can say. Ids and slugs hold
+/// nothing that JSON would escape.
 fn gap_payload(key: &str, name: Option<&str>, from: &Bound, to: Option<&Bound>) -> String {
     let bound = |bound: &Bound| match bound {
-        Bound::Seq(seq) => serde_json::Value::from(*seq),
-        Bound::Cursor(id) => serde_json::Value::from(id.to_string()),
+        Bound::Seq(seq) => seq.to_string(),
+        Bound::Cursor(id) => format!("\"{id}\""),
     };
-    serde_json::json!({"event_type": "gap", key: name, "from": bound(from), "to": to.map(bound)})
-        .to_string()
+    let null = || "null".to_owned();
+    let name = name.map_or_else(null, |name| format!("\"{name}\""));
+    let (from, to) = (bound(from), to.map_or_else(null, bound));
+    format!("{{\"event_type\": \"gap\", \"{key}\": {name}, \"from\": {from}, \"to\": {to}}}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PID: i32 = 7;
+
+    fn inbox(frames: usize) -> Inbox {
+        Inbox::new(Bounds {
+            frames,
+            bytes: 1 << 20,
+        })
+    }
+
+    fn run() -> Target {
+        Target::Run {
+            topic: "pgflow:run:r".into(),
+            run_id: "r".into(),
+        }
+    }
+
+    fn event(id: i64, seq: Option<i64>) -> Event {
+        let payload = format!("{{\"n\": {}}}", seq.unwrap_or(-id));
+        Event {
+            id,
+            topic: "pgflow:run:r".into(),
+            seq,
+            flow: None,
+            payload,
+        }
+    }
+
+    fn offer(inbox: &mut Inbox, stream: StreamId, id: i64, seq: Option<i64>) -> Offered {
+        inbox.offer_event(stream, &mut Frames::new(&event(id, seq), PID))
+    }
+
+    /// A page as the hub serves it, from an outbox that holds these.
+    fn serve(inbox: &mut Inbox, stream: StreamId, kept: Kept, limit: usize) {
+        let first = inbox.page(stream).expect("a page is owed");
+        if first.first {
+            inbox.first_page(stream, kept, PID);
+        }
+        let Some(page) = inbox.page(stream) else {
+            return;
+        };
+        let to = page
+            .latest
+            .map_or(kept.last, |(_, to)| Some(to))
+            .unwrap_or(0);
+        let first = kept.first.unwrap_or(i64::MAX).max(page.after + 1);
+        // Compacted to every tenth.
+        let rows: Vec<i64> = (first..=to)
+            .filter(|seq| page.latest.is_none() || seq % 10 == 0)
+            .collect();
+        for &seq in rows.iter().take(limit) {
+            if inbox.page_row(stream, &mut Frames::new(&event(seq, Some(seq)), PID)) != Fed::Queued
+            {
+                return;
+            }
+        }
+        if rows.len() <= limit {
+            inbox.page_end(stream);
+        }
+    }
+
+    fn text(delivery: Option<Delivery>) -> String {
+        match delivery {
+            None => "-".into(),
+            Some(Delivery::Cut(reason)) => format!("{reason:?}"),
+            Some(Delivery::Frame(frame)) => {
+                let payload = frame[9..]
+                    .split(|&byte| byte == 0)
+                    .nth(1)
+                    .expect("channel, then payload");
+                let payload: serde_json::Value = serde_json::from_slice(payload).expect("JSON");
+                match payload.get("event_type") {
+                    Some(_) => format!("gap {}..{}", payload["from"], payload["to"]),
+                    None => payload["n"].to_string(),
+                }
+            }
+        }
+    }
+
+    fn drain(inbox: &mut Inbox) -> String {
+        let mut all = Vec::new();
+        loop {
+            match text(inbox.pop().delivery) {
+                end if end == "-" => break,
+                delivery => all.push(delivery),
+            }
+        }
+        all.join(" ")
+    }
+
+    fn kept(first: i64, last: i64) -> Kept {
+        Kept {
+            first: Some(first),
+            last: Some(last),
+        }
+    }
+
+    #[test]
+    fn a_notification_is_framed_as_postgres_does() {
+        let frame = notification(258, "ch", "pay");
+        assert_eq!(&frame[..], b"A\0\0\0\x0f\0\0\x01\x02ch\0pay\0");
+    }
+
+    #[test]
+    fn one_event_is_encoded_once_for_all_who_spell_the_channel_alike() {
+        let event = event(1, Some(1));
+        let mut frames = Frames::new(&event, PID);
+        let (a, b) = (frames.spelled(&"x".into()), frames.spelled(&"x".into()));
+        assert_eq!(a.as_ptr(), b.as_ptr());
+        assert_ne!(frames.spelled(&"X".into()), a);
+    }
+
+    #[test]
+    fn live_events_come_in_order_and_a_repeated_one_is_dropped() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Skipped);
+        assert_eq!(offer(&mut inbox, 1, 2, None), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 1, 3, Some(6)), Offered::Queued);
+        assert_eq!(drain(&mut inbox), "5 -2 6");
+    }
+
+    #[test]
+    fn a_replay_takes_live_events_from_the_outbox_until_it_has_caught_up() {
+        let mut inbox = inbox(100);
+        inbox.add(1, "c", run(), Some(2));
+        assert!(inbox.ask_pages());
+        assert_eq!(offer(&mut inbox, 1, 4, Some(4)), Offered::Skipped);
+        serve(&mut inbox, 1, kept(1, 4), 1);
+        assert_eq!(offer(&mut inbox, 1, 5, Some(5)), Offered::Skipped);
+        serve(&mut inbox, 1, kept(1, 5), 10);
+        assert_eq!(inbox.page(1), None);
+        assert_eq!(offer(&mut inbox, 1, 5, Some(5)), Offered::Skipped);
+        assert_eq!(offer(&mut inbox, 1, 6, Some(6)), Offered::Queued);
+        assert_eq!(drain(&mut inbox), "3 4 5 6");
+    }
+
+    /// `after`, what the outbox has, what is delivered, then live.
+    #[track_caller]
+    fn check_gap(after: i64, kept: Kept, delivered: &str) {
+        let mut inbox = inbox(100);
+        inbox.add(1, "c", run(), Some(after));
+        serve(&mut inbox, 1, kept, 100);
+        assert_eq!(inbox.page(1), None, "live again");
+        assert_eq!(drain(&mut inbox), delivered);
+        let next = kept.last.unwrap_or(0) + 1;
+        assert_eq!(offer(&mut inbox, 1, next, Some(next)), Offered::Queued);
+    }
+
+    #[test]
+    fn what_the_outbox_no_longer_has_is_announced() {
+        check_gap(0, Kept::default(), "");
+        check_gap(0, kept(1, 2), "1 2");
+        check_gap(2, kept(1, 2), "");
+        check_gap(1, kept(4, 5), "gap 2..3 4 5");
+        check_gap(
+            1,
+            Kept {
+                first: None,
+                last: Some(9),
+            },
+            "gap 2..9",
+        );
+        check_gap(
+            9,
+            Kept {
+                first: None,
+                last: Some(9),
+            },
+            "",
+        );
+        check_gap(3, Kept::default(), "gap 4..null");
+        check_gap(7, kept(1, 5), "gap 6..7");
+    }
+
+    #[test]
+    fn a_slow_reader_of_a_run_gets_the_latest_states_after_a_gap_and_then_goes_on() {
+        let mut inbox = inbox(4);
+        inbox.add(1, "c", run(), None);
+        for seq in 1..=40 {
+            offer(&mut inbox, 1, seq, Some(seq));
+        }
+        assert_eq!(inbox.page(1), None, "no room, no page");
+        let first_four: Vec<Popped> = (0..4).map(|_| inbox.pop()).collect();
+        assert_eq!(
+            first_four.iter().filter(|popped| popped.ask_pages).count(),
+            1,
+            "asked once"
+        );
+        serve(&mut inbox, 1, kept(1, 40), 100);
+        assert_eq!(drain(&mut inbox), "gap 5..40 10 20 30");
+        serve(&mut inbox, 1, kept(1, 41), 100);
+        assert_eq!(drain(&mut inbox), "40");
+        serve(&mut inbox, 1, kept(1, 41), 100);
+        assert_eq!(drain(&mut inbox), "41");
+        assert_eq!(offer(&mut inbox, 1, 42, Some(42)), Offered::Queued);
+    }
+
+    #[test]
+    fn what_a_slow_reader_missed_comes_whole_if_it_fits() {
+        let mut inbox = inbox(8);
+        inbox.add(1, "c", run(), None);
+        for seq in 1..=12 {
+            offer(&mut inbox, 1, seq, Some(seq));
+        }
+        assert_eq!(drain(&mut inbox), "1 2 3 4 5 6 7 8");
+        serve(&mut inbox, 1, kept(1, 12), 100);
+        assert_eq!(drain(&mut inbox), "9 10 11 12");
+    }
+
+    #[test]
+    fn a_slow_reader_of_all_gets_one_gap_in_its_place() {
+        let mut inbox = inbox(2);
+        inbox.add(1, "all", Target::All, None);
+        for id in 1..=5 {
+            offer(&mut inbox, 1, id, Some(id));
+        }
+        assert_eq!(text(inbox.pop().delivery), "1");
+        assert_eq!(offer(&mut inbox, 1, 6, Some(6)), Offered::Skipped);
+        assert_eq!(drain(&mut inbox), "2 gap \"3\"..\"6\"");
+        assert_eq!(offer(&mut inbox, 1, 7, Some(7)), Offered::Queued);
+    }
+
+    #[test]
+    fn a_slow_reader_of_an_ordinary_channel_is_cut() {
+        let mut inbox = inbox(2);
+        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        let frame = notification(PID, "o", "{}");
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Skipped);
+        assert_eq!(
+            inbox.pop().delivery,
+            Some(Delivery::Cut(CutReason::TooSlow))
+        );
+        assert_eq!(
+            inbox.pop().delivery,
+            Some(Delivery::Cut(CutReason::TooSlow))
+        );
+    }
+
+    #[test]
+    fn a_frame_larger_than_the_bound_passes_when_nothing_waits() {
+        let mut inbox = Inbox::new(Bounds {
+            frames: 4,
+            bytes: 10,
+        });
+        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        let frame = notification(PID, "o", "a payload of more than ten bytes");
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
+        assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
+    }
+
+    #[test]
+    fn after_unlisten_nothing_of_the_channel_comes() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        inbox.add(2, "all", Target::All, None);
+        offer(&mut inbox, 1, 1, Some(1));
+        offer(&mut inbox, 2, 1, Some(1));
+        assert_eq!(inbox.remove(1), Some(run()));
+        assert_eq!(offer(&mut inbox, 1, 2, Some(2)), Offered::Skipped);
+        assert_eq!(inbox.channels(), ["all"]);
+        assert_eq!(drain(&mut inbox), "1");
+        assert_eq!(inbox.bytes, 0);
+    }
+
+    #[test]
+    fn a_rewritten_history_sends_runs_back_to_the_outbox_and_tells_the_others() {
+        let mut inbox = inbox(10);
+        inbox.add(1, "c", run(), None);
+        inbox.add(2, "all", Target::All, None);
+        offer(&mut inbox, 1, 9, Some(9));
+        assert_eq!(drain(&mut inbox), "9");
+        assert_eq!(inbox.distrust(1, 9, PID), Offered::Skipped);
+        assert_eq!(inbox.distrust(2, 9, PID), Offered::Gap);
+        serve(&mut inbox, 1, kept(1, 8), 100);
+        assert_eq!(drain(&mut inbox), "gap \"10\"..null gap 9..9");
+        assert_eq!(offer(&mut inbox, 1, 10, Some(9)), Offered::Queued);
+        assert_eq!(offer(&mut inbox, 2, 10, Some(9)), Offered::Queued);
+    }
 }

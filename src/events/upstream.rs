@@ -9,7 +9,8 @@
 //!
 //! Why not `id > last`: ids are given out before commit, so a slow transaction's row would be passed over. It is added
 //! when a lost connection is resumed: a crash may hand out again transaction ids that had been used and never reached
-//! the disk, and rows under those would look old.
+//! the disk, and rows under those would look old. Such ids are recent, so `REUSED` bounds the look back (there is an index
+//! on `xid`, none on `id`).
 //!
 //! Rows are read one at a time off the socket (Postgres waits while we are slow), so a page needs no limit and no second
 //! snapshot.
@@ -28,11 +29,12 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
-use crate::server::control::{ControlConnection, DialError, dial};
+use crate::pgflow::events::{WAKE_CHANNEL, envelope};
+use crate::server::control::{ControlConnection, DialError, dial, words};
 
 use super::EventsError;
-use super::hub::{Hub, Mailbox, OutboxWork, WAKE_CHANNEL, Work};
-use super::subscription::{Event, Fed, Frames, Offered, PAGE_ROWS, Page};
+use super::hub::{Hub, Mailbox, OutboxWork, Work};
+use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page};
 
 const APPLICATION: &str = "flowgate events";
 /// After the last subscriber left.
@@ -42,7 +44,9 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 /// For one answer (or one more row) of an upstream that is thought alive.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
-const BACKOFF_MAX: Duration = Duration::from_secs(2);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// More transaction ids than are given out between two flushes of the WAL.
+const REUSED: u64 = 20_000;
 /// Channels in one LISTEN statement list.
 const LISTEN_BATCH: usize = 500;
 
@@ -70,7 +74,7 @@ pub(super) async fn run(hub: Arc<Hub>) {
             }
             Err(error) => {
                 if error.is_final() {
-                    hub.fail_waiters(&EventsError::Upstream(error.to_string()));
+                    hub.fail_waiters(&EventsError::Upstream(words(&error)));
                 }
                 Some(SessionError::Dial(error))
             }
@@ -82,9 +86,17 @@ pub(super) async fn run(hub: Arc<Hub>) {
             hub.common.metrics.reconnects.inc();
             // Once a failure, not once a try.
             if !std::mem::replace(&mut failing, true) {
-                warn!(database = hub.database, %error, "event listener lost");
+                warn!(
+                    database = hub.database,
+                    error = words(&error),
+                    "event listener lost"
+                );
             } else {
-                debug!(database = hub.database, %error, "event listener still lost");
+                debug!(
+                    database = hub.database,
+                    error = words(&error),
+                    "event listener still lost"
+                );
             }
             sleep(backoff).await;
             backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -110,7 +122,7 @@ enum SessionError {
 #[derive(Debug)]
 struct Cursor {
     seen: Snapshot,
-    /// The highest id ever read, or there before we began.
+    /// The highest id read, or there before we began (of the last `REUSED` transactions).
     last_id: i64,
     timeline: String,
     /// Of a read that broke off: already handed out.
@@ -246,8 +258,7 @@ impl<'a> Session<'a> {
             match self.execute(&statements("listen", channels.iter())).await {
                 Ok(()) => self.hub.listened(channels),
                 Err(error) => {
-                    self.hub
-                        .fail_waiters(&EventsError::Upstream(error.to_string()));
+                    self.hub.fail_waiters(&EventsError::Upstream(words(&error)));
                     return Err(error);
                 }
             }
@@ -263,10 +274,13 @@ impl<'a> Session<'a> {
         };
         match done {
             Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => {
-                warn!(database = self.hub.database, %error, "outbox cannot be read");
+                warn!(
+                    database = self.hub.database,
+                    error = words(&error),
+                    "outbox cannot be read"
+                );
                 *self.cursor = None;
-                self.hub
-                    .outbox_lost(&EventsError::Upstream(error.to_string()));
+                self.hub.outbox_lost(&EventsError::Upstream(words(&error)));
                 Ok(())
             }
             other => other,
@@ -283,6 +297,7 @@ impl<'a> Session<'a> {
         let found = self
             .one_row(
                 "select to_regclass('flowgate.event') is not null, to_regclass('pgflow.runs') is not null, \
+                 coalesce(has_table_privilege(to_regclass('pgflow.runs'), 'select'), false), \
                  substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)",
             )
             .await?;
@@ -291,8 +306,14 @@ impl<'a> Session<'a> {
             self.hub.outbox_missing();
             return Ok(());
         }
-        self.has_runs = found.get(1) == Some("t");
-        let timeline = found.get(2).unwrap_or_default().to_owned();
+        self.has_runs = found.get(2) == Some("t");
+        if found.get(1) == Some("t") && !self.has_runs {
+            warn!(
+                database = self.hub.database,
+                "no right to read pgflow.runs: flow channels will lack step events"
+            );
+        }
+        let timeline = found.get(3).unwrap_or_default().to_owned();
         let new = self.new_cursor(timeline).await?;
         match self.cursor.as_ref() {
             None => *self.cursor = Some(new),
@@ -314,13 +335,19 @@ impl<'a> Session<'a> {
     }
 
     async fn new_cursor(&self, timeline: String) -> Result<Cursor, SessionError> {
-        let row =
-            self.one_row("select pg_current_snapshot()::text, coalesce(max(e.id), 0)::text from flowgate.event e").await?;
+        let row = self.one_row("select pg_current_snapshot()::text").await?;
         let seen = row
             .get(0)
             .and_then(Snapshot::parse)
             .ok_or(SessionError::Answer("pg_current_snapshot"))?;
-        let last_id = number(&row, 1).ok_or(SessionError::Answer("max(id)"))?;
+        // Later than the snapshot: an id above those it could see only makes the look back smaller, and no row of a
+        // transaction that was not in `seen` depends on it.
+        let recent = seen.xmax.saturating_sub(REUSED);
+        let sql = format!(
+            "select coalesce(max(e.id), 0) from flowgate.event e where e.xid >= '{recent}'::xid8"
+        );
+        let last_id =
+            number(&self.one_row(&sql).await?, 0).ok_or(SessionError::Answer("max(id)"))?;
         Ok(Cursor {
             seen,
             last_id,
@@ -336,15 +363,21 @@ impl<'a> Session<'a> {
         let mut unseen = cursor.seen.unseen();
         match since {
             Since::LastRead => {}
-            Since::Lost => {
-                write!(unseen, " or e.id > {}", cursor.last_id).expect("a String takes all")
-            }
+            Since::Lost => write!(
+                unseen,
+                " or e.xid >= '{}'::xid8 and e.id > {}",
+                cursor.seen.xmax.saturating_sub(REUSED),
+                cursor.last_id
+            )
+            .expect("a String takes all"),
         }
-        let (flow, runs) = if self.has_runs && self.hub.follows_flows() {
+        // Whether or not anybody follows a flow now: somebody may by the time this statement takes its snapshot.
+        let (flow, runs) = if self.has_runs {
+            // A topic that only looks like a run's must not fail the cast: anybody may send one.
             (
                 "coalesce(e.payload->>'flow_slug', r.flow_slug)",
-                "left join pgflow.runs r on r.run_id = case when e.topic ~ '^pgflow:run:[0-9a-f-]{36}$' \
-                 then substr(e.topic, 12)::uuid end",
+                "left join pgflow.runs r on r.run_id = case when e.topic ~ \
+                 '^pgflow:run:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then substr(e.topic, 12)::uuid end",
             )
         } else {
             ("e.payload->>'flow_slug'", "")
@@ -409,12 +442,17 @@ impl<'a> Session<'a> {
 
     async fn look_for_gap(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
         let topic = literal(&page.topic);
+        // The counter outlives the events. `seq is not null` would hide the index's order from min().
         let sql = format!(
-            "select min(e.seq), max(e.seq) from flowgate.event e where e.topic = {topic} and e.seq is not null"
+            "select (select e.seq from flowgate.event e where e.topic = {topic} and e.seq > 0 order by e.seq limit 1), \
+             (select t.seq from flowgate.topic t where t.topic = {topic})"
         );
         let row = self.one_row(&sql).await?;
-        let seqs = number(&row, 0).zip(number(&row, 1));
-        if mailbox.lock().first_page(page.stream, seqs, self.hub.pid()) == Offered::Gap {
+        let kept = Kept {
+            first: number(&row, 0),
+            last: number(&row, 1),
+        };
+        if mailbox.lock().first_page(page.stream, kept, self.hub.pid()) == Offered::Gap {
             self.hub.common.metrics.gaps.inc();
         }
         Ok(())
@@ -545,7 +583,8 @@ fn number<T: std::str::FromStr>(row: &SimpleQueryRow, column: usize) -> Option<T
 /// `id, topic, seq, flow, payload` from this column on; `None` where there is no event.
 fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
     let (id, seq) = (number(row, from)?, number(row, from + 2));
-    let payload = with_position(row.get(from + 4).unwrap_or("{}"), seq, id);
+    // `jsonb` prints nothing that is not JSON.
+    let payload = envelope(serde_json::from_str(row.get(from + 4)?).ok()?, seq, id);
     let (topic, flow) = (
         row.get(from + 1)?.to_owned(),
         row.get(from + 3).map(str::to_owned),
@@ -559,24 +598,6 @@ fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
     })
 }
 
-/// pgflow's own keys as they came, plus `seq` and `cursor`. Spliced, not parsed: outputs may be megabytes.
-fn with_position(payload: &str, seq: Option<i64>, id: i64) -> String {
-    let mut text = String::with_capacity(payload.len() + 64);
-    match payload
-        .strip_prefix('{')
-        .and_then(|rest| rest.strip_suffix('}'))
-    {
-        Some(members) if members.trim().is_empty() => text.push('{'),
-        Some(members) => write!(text, "{{{members}, ").expect("a String takes all"),
-        None => write!(text, "{{\"payload\": {payload}, ").expect("a String takes all"),
-    }
-    if let Some(seq) = seq {
-        write!(text, "\"seq\": {seq}, ").expect("a String takes all");
-    }
-    write!(text, "\"cursor\": \"{id}\"}}").expect("a String takes all");
-    text
-}
-
 fn statements<'a>(verb: &str, channels: impl Iterator<Item = &'a String>) -> String {
     channels.fold(String::new(), |sql, channel| {
         sql + verb + " \"" + &channel.replace('"', "\"\"") + "\"; "
@@ -585,4 +606,33 @@ fn statements<'a>(verb: &str, channels: impl Iterator<Item = &'a String>) -> Str
 
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_snapshot_could_not_see_is_spelled_for_an_index() {
+        let check =
+            |text: &str, sql: &str| assert_eq!(Snapshot::parse(text).expect(text).unseen(), sql);
+        check("10:10:", "e.xid >= '10'::xid8");
+        check(
+            "10:20:10,14",
+            "e.xid >= '20'::xid8 or e.xid = any('{10,14}'::xid8[])",
+        );
+        for bad in ["", "10", "10:20", "10:x:", "10:20:a", "10:20:1:2"] {
+            assert_eq!(Snapshot::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn channel_names_are_quoted() {
+        let names = ["a".to_owned(), "b\"; drop".to_owned()];
+        assert_eq!(
+            statements("listen", names.iter()),
+            "listen \"a\"; listen \"b\"\"; drop\"; "
+        );
+        assert_eq!(literal("it's"), "'it''s'");
+    }
 }

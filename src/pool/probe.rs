@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
-use crate::server::control::{DialError, dial};
+use crate::server::control::{DialError, dial, words};
 use crate::upstream::Upstream;
 
 const APPLICATION: &str = "flowgate probe";
@@ -425,9 +425,9 @@ fn leave(shared: &Shared, server: Server, error: &ProbeError) {
     };
     shared.news.notify_waiters();
     if upstream.set_healthy(false) {
-        warn!(upstream = upstream.name, role = ?upstream.role, %error, "upstream left rotation");
+        warn!(upstream = upstream.name, role = ?upstream.role, error = words(error), "upstream left rotation");
     } else {
-        debug!(upstream = upstream.name, role = ?upstream.role, %error, "upstream still out of rotation");
+        debug!(upstream = upstream.name, role = ?upstream.role, error = words(error), "upstream still out of rotation");
     }
 }
 
@@ -613,5 +613,158 @@ fn without_header(lsn: u64, block: u64) -> u64 {
     match lsn % block {
         offset @ (24 | 40) => lsn - offset,
         _ => lsn,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    fn identity(timeline: &str) -> Identity {
+        Identity {
+            system: "1".into(),
+            timeline: timeline.into(),
+        }
+    }
+
+    /// Samples at (ms, lsn), replicas that have replayed so much.
+    fn window(start: Instant, samples: &[(u64, u64)], replayed: &[u64]) -> Window {
+        let mut window = Window::new(replayed.len());
+        window.primary_known(identity("1"));
+        for &(at, lsn) in samples {
+            window.sampled(start + MS(at), lsn);
+        }
+        for (index, &lsn) in replayed.iter().enumerate() {
+            assert_eq!(window.replayed(index, lsn, Some(&identity("1"))), None);
+        }
+        window
+    }
+
+    #[track_caller]
+    fn check(
+        samples: &[(u64, u64)],
+        replayed: &[u64],
+        since: u64,
+        now: u64,
+        wait: u64,
+        expected: Verdict,
+    ) {
+        let start = Instant::now();
+        let mut window = window(start, samples, replayed);
+        let now = start + MS(now);
+        assert_eq!(
+            window.decide(start + MS(since), None, now, now + MS(wait)),
+            expected
+        );
+    }
+
+    #[test]
+    fn a_replica_is_fresh_once_it_has_replayed_the_first_sample_begun_since() {
+        let samples = [(0, 100), (10, 200), (20, 300)];
+        check(&samples, &[200], 10, 21, 20, Verdict::Fresh(0));
+        check(&samples, &[200], 5, 21, 20, Verdict::Fresh(0));
+        check(&samples, &[199], 10, 21, 20, Verdict::Wait);
+        check(&samples, &[299], 11, 21, 20, Verdict::Wait);
+        check(&samples, &[299, 300], 11, 21, 20, Verdict::Fresh(1));
+        // A sample begun before the acknowledgement proves nothing, however high.
+        check(&samples, &[999], 21, 21, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn an_idle_primary_is_one_sample_that_reaches_to_its_last_look() {
+        let samples = [(0, 100), (10, 100), (2000, 100)];
+        check(&samples, &[100], 1500, 2001, 20, Verdict::Fresh(0));
+        check(&samples, &[100], 2001, 2001, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn a_replica_that_lags_beyond_the_wait_is_not_waited_for() {
+        let samples = [(0, 100), (10, 200), (1000, 300)];
+        // At 1001 it has been 991 ms behind: 300 would come at about 1991.
+        check(&samples, &[150], 1000, 1001, 20, Verdict::Primary);
+        check(&samples, &[150], 1000, 1001, 2000, Verdict::Wait);
+        check(&samples, &[250], 1000, 1001, 20, Verdict::Wait);
+    }
+
+    #[test]
+    fn the_preferred_replica_is_taken_if_fresh_and_the_others_in_turn() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100, 50, 100]);
+        let mut ask = |prefer| window.decide(start, prefer, start, start);
+        assert_eq!(ask(Some(2)), Verdict::Fresh(2));
+        assert_eq!(ask(Some(1)), Verdict::Fresh(0));
+        assert_eq!(ask(None), Verdict::Fresh(2));
+        assert_eq!(ask(None), Verdict::Fresh(0));
+        assert_eq!(ask(Some(9)), Verdict::Fresh(2));
+    }
+
+    #[test]
+    fn without_the_primary_old_tokens_hold_and_new_ones_cannot_be_had() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100]);
+        window.primary_away();
+        assert_eq!(
+            window.decide(start, None, start, start + MS(20)),
+            Verdict::Fresh(0)
+        );
+        assert_eq!(
+            window.decide(start + MS(1), None, start, start + MS(20)),
+            Verdict::Primary
+        );
+        assert!(!window.wants_primary());
+    }
+
+    #[test]
+    fn another_timeline_drops_tokens_and_replicas_until_they_are_known_to_follow() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[500]);
+        window.primary_known(identity("2"));
+        window.sampled(start + MS(10), 120);
+        let ask = |window: &mut Window| window.decide(start, None, start + MS(10), start + MS(30));
+        assert_eq!(ask(&mut window), Verdict::Primary);
+        assert_eq!(window.replayed(0, 500, None), Some(Outside::Unverified));
+        assert_eq!(
+            window.replayed(0, 500, Some(&identity("1"))),
+            Some(Outside::OtherHistory)
+        );
+        assert_eq!(ask(&mut window), Verdict::Primary);
+        assert_eq!(window.replayed(0, 130, Some(&identity("2"))), None);
+        assert_eq!(ask(&mut window), Verdict::Fresh(0));
+    }
+
+    #[test]
+    fn a_position_that_went_back_drops_what_was_sampled_before() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100), (1, 300), (2, 200)], &[250]);
+        assert_eq!(window.covering(start).map(|sample| sample.lsn), Some(200));
+        assert_eq!(window.samples.len(), 1);
+        for n in 0..3000 {
+            window.sampled(start + MS(10 + n), 1000 + n);
+        }
+        assert_eq!(window.samples.len(), SAMPLES);
+    }
+
+    #[test]
+    fn positions_are_read_as_postgres_writes_them() {
+        assert_eq!(parse_lsn("16/B374D848"), Some(0x16_B374_D848));
+        assert_eq!(parse_lsn("0/0"), Some(0));
+        for bad in ["", "16", "16/", "16/x", "1/2/3", "100000000/0"] {
+            assert_eq!(parse_lsn(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_page_header_is_no_record() {
+        for (lsn, expected) in [
+            (8192 + 24, 8192),
+            (16 << 20 | 40, 16 << 20),
+            (8192 + 48, 8192 + 48),
+            (8192, 8192),
+        ] {
+            assert_eq!(without_header(lsn, 8192), expected);
+        }
+        assert_eq!(without_header(8192 + 24, 32768), 8192 + 24);
     }
 }

@@ -37,15 +37,21 @@ impl DialError {
     }
 }
 
+/// tokio-postgres says "db error" and keeps Postgres' own words as its source.
+pub(crate) fn words(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |cause| cause.source())
+        .fold(error.to_string(), |words, cause| {
+            words + ": " + &cause.to_string()
+        })
+}
+
 /// Opens a connection as the control role.
 pub(crate) async fn dial(
     url: &ConnectUrl,
     application: &str,
     wait: Duration,
 ) -> Result<(Client, ControlConnection), DialError> {
-    let tls = MakeRustlsConnect::new(
-        tls::client_config(url).map_err(|error| DialError::Roots(error.to_string()))?,
-    );
+    let tls = MakeRustlsConnect::new(tls::client_config(url).map_err(|error| DialError::Roots(error.to_string()))?);
     let mut config = tokio_postgres::Config::new();
     config
         .host(&url.host)
