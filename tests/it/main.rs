@@ -1,1 +1,4 @@
-//! Integration tests.
+//! Integration tests: one binary, one lazily started primary and replica; one file a feature.
+
+mod embedded;
+mod support;

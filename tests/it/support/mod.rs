@@ -1,0 +1,3 @@
+//! What the integration tests share. Nothing here asserts a feature of its own.
+
+pub(crate) mod wait;
