@@ -297,7 +297,10 @@ async fn owner_of_a_cluster() {
 }
 
 fn pid(raw: u32) -> Pid {
-    i32::try_from(raw).ok().and_then(Pid::from_raw).expect("the kernel's pids fit")
+    i32::try_from(raw)
+        .ok()
+        .and_then(Pid::from_raw)
+        .expect("the kernel's pids fit")
 }
 
 fn is_gone(raw: u32) -> bool {
