@@ -30,7 +30,9 @@ pub mod route;
 
 // Band 3: flows, where mechanisms meet.
 pub mod client;
+pub mod embedded;
 pub mod http;
+pub mod schema;
 
 // Band 4: assembly.
 pub mod app;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use flowgate::commands::{check_config, serve};
+use flowgate::commands::{check_config, install, serve};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -21,6 +21,8 @@ struct Cli {
 enum Command {
     /// Serve clients
     Serve(serve::ServeArgs),
+    /// Install or upgrade pgmq, pgflow's core and flowgate's outbox in a database
+    Install(install::Args),
     /// Check a configuration file: every problem at once, with its key path
     CheckConfig { file: PathBuf },
 }
@@ -29,6 +31,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Command::Serve(args) => report(serve(args)),
+        Command::Install(args) => match control_runtime() {
+            Ok(runtime) => runtime.block_on(install::run(args)),
+            Err(error) => report(Err(error)),
+        },
         Command::CheckConfig { file } => check_config::run(&file),
     }
 }

@@ -15,7 +15,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::ErrorPosition;
 
 use crate::config::ConnectUrl;
-use crate::upstream::{self, DialError};
+use crate::server::control::{self, DialError};
 
 /// Every `NNNN_*.sql` in apply order: name and text.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/sql_files.rs"));
@@ -405,7 +405,7 @@ async fn open(url: &ConnectUrl) -> Result<Client, SchemaError> {
             reason,
         }
     };
-    let (client, connection) = upstream::dial(url, "flowgate install", CONNECT_WAIT_MAX)
+    let (client, connection) = control::dial(url, "flowgate install", CONNECT_WAIT_MAX)
         .await
         .map_err(failed)?;
     tokio::spawn(async move {

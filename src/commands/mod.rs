@@ -1,4 +1,5 @@
 //! What one types: each file is one command. Nothing below knows of them.
 
 pub mod check_config;
+pub mod install;
 pub mod serve;

@@ -51,7 +51,9 @@ pub(crate) async fn dial(
     application: &str,
     wait: Duration,
 ) -> Result<(Client, ControlConnection), DialError> {
-    let tls = MakeRustlsConnect::new(tls::client_config(url).map_err(|error| DialError::Roots(error.to_string()))?);
+    let tls = MakeRustlsConnect::new(
+        tls::client_config(url).map_err(|error| DialError::Roots(error.to_string()))?,
+    );
     let mut config = tokio_postgres::Config::new();
     config
         .host(&url.host)
