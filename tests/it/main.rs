@@ -6,5 +6,6 @@
 )]
 
 mod embedded;
+mod protocol;
 mod schema;
 mod support;
