@@ -9,3 +9,4 @@ mod embedded;
 mod protocol;
 mod schema;
 mod support;
+mod transcripts;

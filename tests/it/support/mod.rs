@@ -6,4 +6,5 @@
 pub(crate) mod pg;
 pub(crate) mod proxy;
 pub(crate) mod raw;
+pub(crate) mod script;
 pub(crate) mod wait;
