@@ -261,7 +261,7 @@ fn spawn_plane(
             }
         });
         // Nobody is waiting if time was up.
-        drop(end.send(()));
+        let _waited_for = end.send(());
     };
     let thread = std::thread::Builder::new()
         .name(format!("data-{at}"))

@@ -100,7 +100,7 @@ impl Session {
             reported: login.reported,
             state: State::new(&login.application_name, login.session_mode),
             application_name: login.application_name,
-            prepared: Prepared::default(),
+            prepared: Prepared::new(login.id),
             survey: Survey::default(),
             grouping: Grouping::default(),
             exchange: Exchange::default(),
@@ -522,7 +522,6 @@ impl Session {
             None
         };
         let translated = self.prepared.translate(
-            self.id,
             batch,
             &self.survey.parsed,
             huge,
@@ -736,12 +735,10 @@ impl Session {
     }
 
     async fn relay_to_ready(&mut self) -> Result<TxStatus, SessionError> {
-        loop {
-            match self.relay().await? {
-                Pause::Ready(status) => return Ok(status),
-                Pause::ClientSpeaks => return Err(SessionError::Frame(FrameError::Length)),
-                Pause::Refused => return Err(SessionError::Relay(RelayError::ServerMalformed)),
-            }
+        match self.relay().await? {
+            Pause::Ready(status) => Ok(status),
+            Pause::ClientSpeaks => Err(SessionError::Frame(FrameError::Length)),
+            Pause::Refused => Err(SessionError::Relay(RelayError::ServerMalformed)),
         }
     }
 
