@@ -19,7 +19,7 @@ use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
 use crate::client::{RunTokens, StatementRegistry, Verifiers, acceptor};
-use crate::config::{Config, ConnectUrl};
+use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
 use crate::metrics::Registry;
@@ -144,18 +144,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         running: watching,
     });
 
-    let listen =
-        |address| accept::bind(address).map_err(|source| AppError::Listen { address, source });
-    let first = listen(config.listen.postgres)?;
-    let unknown = |source| AppError::Listen {
-        address: config.listen.postgres,
-        source,
-    };
-    let postgres = first.local_addr().map_err(unknown)?;
-    let mut listeners = vec![first];
-    for _ in 1..config.listen.threads.get() {
-        listeners.push(listen(postgres)?);
-    }
+    let (postgres, listeners) = listen(&config.listen)?;
     let planes = listeners.into_iter().enumerate();
     let planes = planes
         .map(|(at, listener)| spawn_plane(at, listener, &shared))
@@ -228,6 +217,26 @@ impl App {
         }
         info!("stopped");
     }
+}
+
+/// The sockets of the data-plane threads, and their address.
+fn listen(listen: &Listen) -> Result<(SocketAddr, Vec<std::net::TcpListener>), AppError> {
+    let threads = listen.threads.get();
+    let failed = |source| AppError::Listen {
+        address: listen.postgres,
+        source,
+    };
+    let alone = accept::bind(listen.postgres, false).map_err(failed)?;
+    let address = alone.local_addr().map_err(failed)?;
+    if threads == 1 {
+        return Ok((address, vec![alone]));
+    }
+    drop(alone);
+    let listeners = (0..threads)
+        .map(|_| accept::bind(address, true))
+        .collect::<io::Result<_>>()
+        .map_err(failed)?;
+    Ok((address, listeners))
 }
 
 fn seed() -> Result<u64, AppError> {
