@@ -377,9 +377,13 @@ impl Session {
             return Ok(());
         };
         for effect in &analysis.effects {
-            if let Effect::Execute(name) | Effect::Deallocate(name) = effect {
-                self.prepared
-                    .lend(name.as_bytes(), lease, &mut self.exchange.expected);
+            match effect {
+                Effect::Execute(name) | Effect::Deallocate(name) => {
+                    self.prepared
+                        .lend(name.as_bytes(), lease, &mut self.exchange.expected);
+                }
+                Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
+                _ => {}
             }
         }
         lease.unnamed = None;
@@ -449,6 +453,11 @@ impl Session {
             return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
         }
         self.shared.counters.to_primary.inc();
+        for effect in self.survey.effects() {
+            if let Effect::NeedsDatabaseAlone(database) = effect {
+                shared.pools.leave_database(database);
+            }
+        }
         self.exchange.begin(true, Phase::Open);
         let before = self.tx();
         let mut effects = Vec::new();

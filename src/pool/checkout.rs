@@ -207,6 +207,19 @@ impl Pools {
         pools.iter().map(row).collect()
     }
 
+    /// Closes the idle servers of a database: somebody wants it to themselves.
+    pub(crate) fn leave_database(&self, database: &str) {
+        let inside = |((of, _, _), _): &(&(String, String, usize), &Arc<Pool>)| of == database;
+        let pools: Vec<_> = lock(&self.pools)
+            .iter()
+            .filter(inside)
+            .map(|(_, pool)| Arc::clone(pool))
+            .collect();
+        for pool in pools {
+            pool.close_idle_where(|_| true);
+        }
+    }
+
     /// Closes every idle server; those on loan close when they come back, as their clients leave.
     pub(crate) fn close_idle(&self) {
         let pools: Vec<_> = lock(&self.pools).values().cloned().collect();
