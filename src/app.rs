@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::cancel::CancelRegistry;
@@ -32,6 +32,8 @@ use crate::upstream::{Role, Upstream};
 const MEMO_BYTES: usize = 8 * 1024 * 1024;
 /// How often readiness is looked at, once the primary is known to answer.
 const READINESS_EVERY: Duration = Duration::from_secs(1);
+/// How long clients may take to be told that time is up.
+const FAREWELL_MAX: Duration = Duration::from_secs(3);
 /// How long HTTP requests may take to end.
 const HTTP_GOODBYE: Duration = Duration::from_secs(2);
 
@@ -168,7 +170,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
             };
             let mut stop = running.subscribe();
             let stopped =
-                async move { drop(stop.wait_for(|state| *state == Running::Draining).await) };
+                async move { drop(stop.wait_for(|state| *state != Running::Serving).await) };
             (
                 Some(bound),
                 Some(tokio::spawn(http::serve(listener, state, stopped))),
@@ -196,10 +198,13 @@ impl App {
         // Nobody may be watching any more.
         self.running.send_replace(Running::Draining);
         let deadline = Instant::now() + self.drain_timeout;
-        for plane in self.planes {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if timeout(left, plane.ended).await.is_err() {
-                warn!("drain timeout: connections with open transactions are closed");
+        for mut plane in self.planes {
+            if timeout_at(deadline, &mut plane.ended).await.is_err() {
+                warn!("drain timeout: clients with open transactions are told to go");
+                self.running.send_replace(Running::Stopping);
+                if timeout(FAREWELL_MAX, &mut plane.ended).await.is_err() {
+                    warn!("clients that did not take their farewell are cut off");
+                }
             }
             drop(plane.stop);
             let joined = tokio::task::spawn_blocking(move || plane.thread.join()).await;

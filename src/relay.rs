@@ -156,7 +156,11 @@ impl Exchange {
     /// The client needs no word of ours on why the server is gone: it had the server's, or is in the middle of a message
     /// that will never end.
     pub(crate) fn said_farewell(&self) -> bool {
-        self.farewell || self.passing > 0
+        self.farewell || self.is_mid_message()
+    }
+
+    pub(crate) fn is_mid_message(&self) -> bool {
+        self.passing > 0
     }
 
     /// Ready for the next request; keeps its allocations.

@@ -61,7 +61,7 @@ pub(crate) async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>) 
 
 async fn draining(running: &mut watch::Receiver<Running>) {
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| *state == Running::Draining).await);
+    drop(running.wait_for(|state| *state != Running::Serving).await);
 }
 
 async fn welcome(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {

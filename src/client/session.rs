@@ -130,6 +130,11 @@ impl Session {
         }
     }
 
+    /// The client is in the middle of a message from its server, so nothing of ours may follow.
+    pub(super) fn is_mid_message(&self) -> bool {
+        self.exchange.is_mid_message()
+    }
+
     /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
     pub(super) async fn part(&mut self) {
         self.give_up_server().await;
@@ -171,7 +176,7 @@ impl Session {
                 Unit::Incomplete { needed } => needed,
                 unit => return Ok(unit),
             };
-            if self.lease.is_none() && *self.running.borrow() == Running::Draining {
+            if self.tx() == TxStatus::Idle && *self.running.borrow() != Running::Serving {
                 return Err(SessionError::Shutdown);
             }
             let wait = Waiting {
