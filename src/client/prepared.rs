@@ -437,25 +437,21 @@ impl Prepared {
         }
     }
 
-    /// SQL's EXECUTE or DEALLOCATE of a statement prepared by message: gives it to the server under the client's own
-    /// name, ahead of the Query that names it.
-    pub(super) fn lend(
-        &self,
-        name: &[u8],
-        server: &mut ServerConn,
-        expected: &mut std::collections::VecDeque<Expected>,
-    ) {
+    /// SQL's EXECUTE or DEALLOCATE of a statement prepared by message: writes what gives it to the server under the client's
+    /// own name. `true`: something was written, and a Sync must follow before the Query that names it, or a Parse that
+    /// fails (its table is gone) would have the server skip that too.
+    pub(super) fn lend(&self, name: &[u8], server: &mut ServerConn) -> bool {
         let Some(statement) = self.named.get(name) else {
-            return;
+            return false;
         };
-        put_parse(
-            &mut server.stream.output,
-            name,
-            &statement.text,
-            &statement.types,
-        );
-        expected.push_back(Expected::OursOther);
-        server.to_close.push(name.to_vec());
+        let out = &mut server.stream.output;
+        if server.to_close.iter().any(|lent| lent == name) {
+            put_statement_target(out, b'C', name);
+        } else {
+            server.to_close.push(name.to_vec());
+        }
+        put_parse(out, name, &statement.text, &statement.types);
+        true
     }
 }
 

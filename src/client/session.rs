@@ -22,7 +22,7 @@ use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, RunRef};
 use crate::events::{Delivery, EventsError, Subscriber};
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
-use crate::pool::reset;
+use crate::pool::reset::{self, ResetError};
 use crate::relay::{self, Exchange, Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView, Subscription};
 use crate::server::parameters::{Opening, Reported};
@@ -381,14 +381,21 @@ impl Session {
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
+        let mut lent = false;
         for effect in &analysis.effects {
             match effect {
                 Effect::Execute(name) | Effect::Deallocate(name) => {
-                    self.prepared
-                        .lend(name.as_bytes(), lease, &mut self.exchange.expected);
+                    lent |= self.prepared.lend(name.as_bytes(), lease);
                 }
                 Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
                 _ => {}
+            }
+        }
+        if lent {
+            lease.in_flight = true;
+            // A Parse that fails leaves no such statement: the Query says so.
+            if let Err(ResetError::Io(error)) = reset::sync(lease).await {
+                return Err(SessionError::Relay(RelayError::Server(error)));
             }
         }
         lease.unnamed = None;

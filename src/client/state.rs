@@ -129,7 +129,13 @@ impl State {
     ) -> Consequences {
         let mut consequences = Consequences::default();
         // Several statements, some of which may have taken effect before one failed (a COMMIT among them).
-        let unclear = ending.failed && statements > 1 && effects.iter().any(leaves_a_trace);
+        let several = statements > 1 || effects.len() > 1;
+        let traces = effects.iter().any(leaves_a_trace);
+        let mut unclear = ending.failed && several && traces;
+        // A transaction that begins or ends among them, or goes back to a savepoint: of its commands we know but the last.
+        unclear |= several
+            && effects.contains(&Effect::Transaction)
+            && (traces || self.uncommitted.iter().any(leaves_a_trace));
         if unclear {
             self.pins.insert(PinReason::Unfollowed);
         }
@@ -324,6 +330,26 @@ mod tests {
             &[Effect::Transaction],
             1,
             ending(false, true, InTransaction, InTransaction),
+        );
+        assert!(state.pins.contains(PinReason::Unfollowed));
+    }
+
+    #[test]
+    fn a_set_among_transaction_commands_of_one_request_pins() {
+        use TxStatus::{Idle, InTransaction};
+        let mut state = State::new("app", false);
+        let together = [Effect::Transaction, set("a", "1"), Effect::Transaction];
+        state.request_ended(&together, 1, ending(false, true, Idle, Idle));
+        assert!(state.pins.contains(PinReason::Unfollowed));
+        let mut state = State::new("app", false);
+        let open = ending(false, false, InTransaction, InTransaction);
+        state.request_ended(&[set("a", "1")], 1, open);
+        assert!(state.pins.is_empty());
+        let back_and_commit = [Effect::Transaction, Effect::Transaction];
+        state.request_ended(
+            &back_and_commit,
+            2,
+            ending(false, false, InTransaction, Idle),
         );
         assert!(state.pins.contains(PinReason::Unfollowed));
     }
