@@ -143,7 +143,7 @@ async fn one_row_larger_than_any_buffer_arrives_whole() {
 #[tokio::test]
 async fn large_parameters_and_texts_pass() {
     let db = fresh_database().await;
-    let proxy = Proxy::with_pool(&db, 1).await;
+    let proxy = Proxy::with_pool(&db, 2).await;
     let client = proxy.connect().await;
     let other = proxy.connect().await;
     let measure = client
@@ -166,7 +166,7 @@ async fn large_parameters_and_texts_pass() {
         text(&client, &format!("select length('{comment}')")).await,
         "5000000"
     );
-    // By Parse, unnamed and named, and once more while another client uses the server.
+    // By Parse, unnamed and named; the named one, too large to be sent again, ties its client to the server.
     let mut raw = proxy.raw().await;
     let sql = format!("select 8 /* {comment} */");
     assert_eq!(
@@ -434,15 +434,18 @@ async fn a_flush_keeps_the_server_until_the_sync() {
     raw.send(&[parse("", "select $1::int"), describe_statement(""), flush()].concat())
         .await;
     assert_eq!(tags(&raw.until(b'T').await), "1tT");
-    let other = proxy.connect().await;
-    let waiting = tokio::spawn(async move { text(&other, "select 'other'").await });
+    let mut other = proxy.raw().await;
+    let waiting = tokio::spawn(async move { first_columns_of(&mut other, "select 'other'").await });
     raw.send(&[bind_text("", "", &["5"]), execute("", 0), sync()].concat())
         .await;
     assert_eq!(
         transcript(&raw.until_ready().await),
         "2\nD 5\nC SELECT 1\nZ I"
     );
-    assert_eq!(timeout(PATIENCE, waiting).await.unwrap().unwrap(), "other");
+    assert_eq!(
+        timeout(PATIENCE, waiting).await.unwrap().unwrap(),
+        ["other"]
+    );
     proxy.shut_down().await;
 }
 
@@ -636,6 +639,9 @@ async fn clients_that_vanish_anywhere_leave_the_pool_whole() {
     let both = [proxy.connect().await, proxy.connect().await];
     for client in &both {
         client.batch_execute("begin").await.unwrap();
+    }
+    for client in &both {
+        client.batch_execute("commit").await.unwrap();
     }
     proxy.shut_down().await;
 }
