@@ -6,7 +6,9 @@
 )]
 
 mod embedded;
+mod hostile;
 mod protocol;
 mod schema;
+mod session;
 mod support;
 mod transcripts;
