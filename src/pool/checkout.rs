@@ -207,6 +207,19 @@ impl Pools {
         pools.iter().map(row).collect()
     }
 
+    /// Closes the idle servers of a database: somebody wants it to themselves.
+    pub(crate) fn leave_database(&self, database: &str) {
+        let inside = |((of, _, _), _): &(&(String, String, usize), &Arc<Pool>)| of == database;
+        let pools: Vec<_> = lock(&self.pools)
+            .iter()
+            .filter(inside)
+            .map(|(_, pool)| Arc::clone(pool))
+            .collect();
+        for pool in pools {
+            pool.close_idle_where(|_| true);
+        }
+    }
+
     /// Closes every idle server; those on loan close when they come back, as their clients leave.
     pub(crate) fn close_idle(&self) {
         let pools: Vec<_> = lock(&self.pools).values().cloned().collect();
@@ -219,6 +232,12 @@ impl Pools {
 impl Pool {
     pub(crate) fn counts(&self) -> Counts {
         lock(&self.books).counts()
+    }
+
+    /// Whether a checkout would have to wait now.
+    pub(crate) fn is_busy(&self) -> bool {
+        let counts = self.counts();
+        counts.idle == 0 && counts.open >= self.settings.size.get()
     }
 
     pub(crate) fn learn_credentials(&self, credentials: &Credentials) {

@@ -149,6 +149,7 @@ fn borrow_chunk(wanted: usize) -> Box<[u8]> {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
 

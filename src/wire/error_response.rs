@@ -100,6 +100,7 @@ pub(crate) fn field(mut body: &[u8], wanted: u8) -> Option<&[u8]> {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
 
