@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+#[cfg(feature = "demo")]
+use flowgate::commands::demo;
 use flowgate::commands::{check_config, install, serve};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -21,6 +23,8 @@ struct Cli {
 enum Command {
     /// Serve clients
     Serve(serve::ServeArgs),
+    #[cfg(feature = "demo")]
+    Demo(demo::Args),
     /// Install or upgrade pgmq, pgflow's core and flowgate's outbox in a database
     Install(install::Args),
     /// Check a configuration file: every problem at once, with its key path
@@ -31,6 +35,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Command::Serve(args) => report(serve(args)),
+        #[cfg(feature = "demo")]
+        Command::Demo(args) => match log_to_stderr(args.log()).and_then(|()| control_runtime()) {
+            Ok(runtime) => runtime.block_on(demo::run(args)),
+            Err(error) => report(Err(error)),
+        },
         Command::Install(args) => match control_runtime() {
             Ok(runtime) => runtime.block_on(install::run(args)),
             Err(error) => report(Err(error)),
@@ -55,6 +64,7 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     let targets: Targets = filter.parse()?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false);
     tracing_subscriber::registry()
         .with(lines)

@@ -5,6 +5,8 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+#[cfg(feature = "demo")]
+mod demo;
 mod embedded;
 mod hostile;
 mod protocol;

@@ -1,0 +1,95 @@
+//! Where the demo's words go: plain lines, or on a terminal also a picture at the bottom that is drawn over in place.
+//! Knows nothing of runs. Called by `mod` and `summary`.
+
+use std::io::{self, IsTerminal, Stdout, Write};
+
+/// Colours, on a terminal whose user did not say NO_COLOR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Paint {
+    Bold,
+    Dim,
+    Green,
+    Red,
+    Cyan,
+}
+
+pub(super) struct Screen {
+    out: Stdout,
+    /// Is there a picture to draw over, or only lines?
+    pub(super) live: bool,
+    colours: bool,
+    /// Lines of the picture as it stands.
+    drawn: usize,
+}
+
+impl Screen {
+    pub(super) fn new() -> Self {
+        let out = io::stdout();
+        let set =
+            |variable: &str| std::env::var_os(variable).is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+        let live = out.is_terminal() && !dumb;
+        Self {
+            out,
+            live,
+            colours: live && !set("NO_COLOR"),
+            drawn: 0,
+        }
+    }
+
+    pub(super) fn paint(&self, paint: Paint, text: &str) -> String {
+        if !self.colours {
+            return text.to_owned();
+        }
+        let code = match paint {
+            Paint::Bold => 1,
+            Paint::Dim => 2,
+            Paint::Green => 32,
+            Paint::Red => 31,
+            Paint::Cyan => 36,
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+
+    /// For good, above any picture.
+    pub(super) fn line(&mut self, text: &str) -> io::Result<()> {
+        debug_assert_eq!(self.drawn, 0, "lines and a picture at once");
+        let mut out = self.out.lock();
+        writeln!(out, "{text}")?;
+        out.flush()
+    }
+
+    /// A heading and what belongs to it.
+    pub(super) fn section(&mut self, title: &str, lines: &[String]) -> io::Result<()> {
+        let title = self.paint(Paint::Bold, title);
+        self.line("")?;
+        self.line(&title)?;
+        lines
+            .iter()
+            .try_for_each(|line| self.line(&format!("  {line}")))
+    }
+
+    /// The picture, in place of the last. Its lines must fit the terminal, or the next lands in the wrong place.
+    pub(super) fn draw(&mut self, picture: &[String]) -> io::Result<()> {
+        let mut text = String::new();
+        if self.drawn > 0 {
+            text.push_str(&format!("\x1b[{}A", self.drawn));
+        }
+        for line in picture {
+            text.push_str("\r\x1b[2K");
+            text.push_str(line);
+            text.push('\n');
+        }
+        // What the last one had more.
+        text.push_str("\x1b[0J");
+        self.drawn = picture.len();
+        let mut out = self.out.lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    }
+
+    /// The picture stays as it is.
+    pub(super) fn settle(&mut self) {
+        self.drawn = 0;
+    }
+}
