@@ -4,10 +4,11 @@
 -- Where pgflow was installed by somebody else, flowgate.installed has no row for it, and it stays.
 do $$
 begin
-    if to_regclass('flowgate.installed') is not null
-        and exists (select from flowgate.installed as i where i.component = 'pgflow')
-    then
-        drop schema if exists pgflow cascade;
+    -- Nested: a condition is planned as one query, which would look for the table even where there is none.
+    if to_regclass('flowgate.installed') is not null then
+        if exists (select from flowgate.installed as i where i.component = 'pgflow') then
+            drop schema if exists pgflow cascade;
+        end if;
     end if;
 
     if exists (

@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::cancel::CancelRegistry;
@@ -19,7 +19,7 @@ use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
 use crate::client::{RunTokens, StatementRegistry, Verifiers, acceptor};
-use crate::config::{Config, ConnectUrl};
+use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
 use crate::metrics::Registry;
@@ -32,6 +32,8 @@ use crate::upstream::{Role, Upstream};
 const MEMO_BYTES: usize = 8 * 1024 * 1024;
 /// How often readiness is looked at, once the primary is known to answer.
 const READINESS_EVERY: Duration = Duration::from_secs(1);
+/// How long clients may take to be told that time is up.
+const FAREWELL_MAX: Duration = Duration::from_secs(3);
 /// How long HTTP requests may take to end.
 const HTTP_GOODBYE: Duration = Duration::from_secs(2);
 
@@ -144,18 +146,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         running: watching,
     });
 
-    let listen =
-        |address| accept::bind(address).map_err(|source| AppError::Listen { address, source });
-    let first = listen(config.listen.postgres)?;
-    let unknown = |source| AppError::Listen {
-        address: config.listen.postgres,
-        source,
-    };
-    let postgres = first.local_addr().map_err(unknown)?;
-    let mut listeners = vec![first];
-    for _ in 1..config.listen.threads.get() {
-        listeners.push(listen(postgres)?);
-    }
+    let (postgres, listeners) = listen(&config.listen)?;
     let planes = listeners.into_iter().enumerate();
     let planes = planes
         .map(|(at, listener)| spawn_plane(at, listener, &shared))
@@ -179,7 +170,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
             };
             let mut stop = running.subscribe();
             let stopped =
-                async move { drop(stop.wait_for(|state| *state == Running::Draining).await) };
+                async move { drop(stop.wait_for(|state| *state != Running::Serving).await) };
             (
                 Some(bound),
                 Some(tokio::spawn(http::serve(listener, state, stopped))),
@@ -207,10 +198,13 @@ impl App {
         // Nobody may be watching any more.
         self.running.send_replace(Running::Draining);
         let deadline = Instant::now() + self.drain_timeout;
-        for plane in self.planes {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if timeout(left, plane.ended).await.is_err() {
-                warn!("drain timeout: connections with open transactions are closed");
+        for mut plane in self.planes {
+            if timeout_at(deadline, &mut plane.ended).await.is_err() {
+                warn!("drain timeout: clients with open transactions are told to go");
+                self.running.send_replace(Running::Stopping);
+                if timeout(FAREWELL_MAX, &mut plane.ended).await.is_err() {
+                    warn!("clients that did not take their farewell are cut off");
+                }
             }
             drop(plane.stop);
             let joined = tokio::task::spawn_blocking(move || plane.thread.join()).await;
@@ -228,6 +222,26 @@ impl App {
         }
         info!("stopped");
     }
+}
+
+/// The sockets of the data-plane threads, and their address.
+fn listen(listen: &Listen) -> Result<(SocketAddr, Vec<std::net::TcpListener>), AppError> {
+    let threads = listen.threads.get();
+    let failed = |source| AppError::Listen {
+        address: listen.postgres,
+        source,
+    };
+    let alone = accept::bind(listen.postgres, false).map_err(failed)?;
+    let address = alone.local_addr().map_err(failed)?;
+    if threads == 1 {
+        return Ok((address, vec![alone]));
+    }
+    drop(alone);
+    let listeners = (0..threads)
+        .map(|_| accept::bind(address, true))
+        .collect::<io::Result<_>>()
+        .map_err(failed)?;
+    Ok((address, listeners))
 }
 
 fn seed() -> Result<u64, AppError> {
@@ -261,7 +275,7 @@ fn spawn_plane(
             }
         });
         // Nobody is waiting if time was up.
-        drop(end.send(()));
+        let _waited_for = end.send(());
     };
     let thread = std::thread::Builder::new()
         .name(format!("data-{at}"))

@@ -79,7 +79,7 @@ impl CancelRegistry {
             keys.iter()
                 .filter(fits)
                 .map(|key| Arc::clone(&key.slot))
-                .last()
+                .reduce(|_, later| later)
         });
         if let Some(slot) = slot {
             slot.cancel().await;

@@ -120,6 +120,15 @@ impl CommandTag {
     }
 }
 
+/// How far the server's frames have been walked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scanned {
+    /// To the end of what is there.
+    All,
+    /// Up to a frame to be swallowed: what stands before it must leave first.
+    WaitsForForward,
+}
+
 /// Why the relay returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pause {
@@ -147,7 +156,11 @@ impl Exchange {
     /// The client needs no word of ours on why the server is gone: it had the server's, or is in the middle of a message
     /// that will never end.
     pub(crate) fn said_farewell(&self) -> bool {
-        self.farewell || self.passing > 0
+        self.farewell || self.is_mid_message()
+    }
+
+    pub(crate) fn is_mid_message(&self) -> bool {
+        self.passing > 0
     }
 
     /// Ready for the next request; keeps its allocations.
@@ -181,12 +194,15 @@ impl Exchange {
     ) -> Poll<Result<Pause, RelayError>> {
         loop {
             self.poll_upload(cx, client, server)?;
-            self.scan(server)?;
+            let scanned = self.scan(server)?;
             if self.refusing && self.ready.is_some() {
                 return Poll::Ready(Ok(Pause::Refused));
             }
             let sent = self.poll_forward(cx, client, server)?;
             if sent.is_ready() {
+                if scanned == Scanned::WaitsForForward {
+                    continue;
+                }
                 // A server that answered before it had read all (an error in a COPY) still reads the frame to its end.
                 if let Some(status) = self.ready
                     && self.upload == 0
@@ -309,7 +325,7 @@ impl Exchange {
     }
 
     /// Walks the frames the server has sent, clearing them for the client or swallowing them.
-    fn scan(&mut self, server: &mut ServerConn) -> Result<(), RelayError> {
+    fn scan(&mut self, server: &mut ServerConn) -> Result<Scanned, RelayError> {
         while self.ready.is_none() {
             let scanned = self.forward + self.held;
             let rest = server
@@ -321,7 +337,7 @@ impl Exchange {
             if self.passing > 0 {
                 let count = self.passing.min(rest.len());
                 if count == 0 {
-                    return Ok(());
+                    return Ok(Scanned::All);
                 }
                 self.passing -= count;
                 self.forward += count;
@@ -329,7 +345,7 @@ impl Exchange {
             }
             let Some(header) = Header::peek(rest) else {
                 return if rest.len() < HEADER {
-                    Ok(())
+                    Ok(Scanned::All)
                 } else {
                     Err(RelayError::ServerMalformed)
                 };
@@ -341,17 +357,17 @@ impl Exchange {
             }
             if rest.len() < header.whole {
                 if header.whole <= LOOKED_INTO_MAX {
-                    return Ok(());
+                    return Ok(Scanned::All);
                 }
                 self.release_held();
                 self.clear(header, rest.len());
                 continue;
             }
             if !self.look_into(server, header, scanned)? {
-                return Ok(());
+                return Ok(Scanned::WaitsForForward);
             }
         }
-        Ok(())
+        Ok(Scanned::All)
     }
 
     /// Acts on one whole frame at `scanned`. `false`: bytes before it must leave first.

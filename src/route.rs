@@ -10,8 +10,6 @@ use crate::config::{Consistency, Reads};
 pub(crate) enum SessionView {
     /// Between transactions, on no server of its own.
     Free,
-    /// Free, but its next transaction would be SERIALIZABLE (`default_transaction_isolation`): none of a replica's.
-    FreeSerializable,
     /// Inside a transaction, sound or failed, or in the middle of an extended request.
     Transaction,
     /// Between transactions, but tied to one server for what only that holds.
@@ -50,9 +48,6 @@ pub(crate) fn plan(analysis: &Analysis, session: SessionView, settings: RouteSet
     match session {
         SessionView::Transaction => Plan::Held,
         SessionView::Pinned => subscription(analysis).map_or(Plan::Held, Plan::Subscribe),
-        SessionView::FreeSerializable => {
-            subscription(analysis).map_or(Plan::Primary, Plan::Subscribe)
-        }
         SessionView::Free => match subscription(analysis) {
             Some(subscription) => Plan::Subscribe(subscription),
             None => read(analysis, settings).map_or(Plan::Primary, Plan::Read),
@@ -153,7 +148,6 @@ mod tests {
             check_with(READ, session, SETTINGS, "Held");
             check_with("select 1", session, SETTINGS, "Held");
         }
-        check_with(READ, SessionView::FreeSerializable, SETTINGS, "Primary");
     }
 
     #[test]

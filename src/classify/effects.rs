@@ -95,6 +95,22 @@ fn leading(s: Words<'_>, out: &mut Vec<Effect>) {
         }
         "declare" if declares_hold(s) => Effect::DeclareHold,
         "load" => Effect::Load,
+        "drop" if s.is(1, "database") => {
+            let at = if s.is(2, "if") { 4 } else { 2 };
+            named(at, Effect::NeedsDatabaseAlone)
+        }
+        "alter" if s.is(1, "database") => named(2, Effect::NeedsDatabaseAlone),
+        "create" if s.is(1, "database") => {
+            let Some(at) = (2..s.tokens.len()).find(|&at| s.is(at, "template")) else {
+                return;
+            };
+            let at = if s.operator(at + 1, b"=") {
+                at + 2
+            } else {
+                at + 1
+            };
+            named(at, Effect::NeedsDatabaseAlone)
+        }
         "copy" => Effect::Copy,
         "do" if body_touches_session(s) => Effect::Unfollowed,
         word if TRANSACTION.contains(&word) => Effect::Transaction,

@@ -162,6 +162,8 @@ pub(crate) enum Effect {
     Copy,
     /// BEGIN, COMMIT, SAVEPOINT and their kin, PREPARE TRANSACTION.
     Transaction,
+    /// DROP or ALTER DATABASE, or CREATE DATABASE from a template: nobody else may be connected to this one.
+    NeedsDatabaseAlone(String),
     /// Does something to the session that can't be followed (a name in another encoding, a DO block that sets):
     /// only this very server connection has that state now.
     Unfollowed,
@@ -189,8 +191,16 @@ impl Classifier {
         let words = AhoCorasick::builder()
             .ascii_case_insensitive(true)
             .kind(Some(AhoCorasickKind::DFA))
-            .build(["pgflow", "pgmq", "set_config", "advisory", "temp", "u&\""])
-            .expect("six short patterns");
+            .build([
+                "pgflow",
+                "pgmq",
+                "set_config",
+                "advisory",
+                "temp",
+                "database",
+                "u&\"",
+            ])
+            .expect("seven short patterns");
         let shared = |statements, effects: &[Effect]| {
             Arc::new(Analysis {
                 class: StatementClass::Other,

@@ -18,12 +18,13 @@ use super::startup;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const BACKLOG: i32 = 1024;
 
-/// A listening socket that shares its address with those of the other threads.
-pub(crate) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+/// A listening socket; a `shared` one shares its address with those of the other threads. Another process that listens
+/// there is found out by the first, unshared one.
+pub(crate) fn bind(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
     let domain = socket2::Domain::for_address(address);
     let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shared)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
@@ -60,7 +61,7 @@ pub(crate) async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>) 
 
 async fn draining(running: &mut watch::Receiver<Running>) {
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| *state == Running::Draining).await);
+    drop(running.wait_for(|state| *state != Running::Serving).await);
 }
 
 async fn welcome(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {

@@ -14,7 +14,7 @@ use crate::wire::stream::Stream;
 
 /// The longest command.
 const FRAME_MAX: usize = 64 * 1024;
-const COMMANDS: &str = "SHOW VERSION, ROUTES, POOLS, REPLICAS, PINS, HELP";
+const COMMANDS: &str = "SHOW VERSION, ROUTES, POOLS, REPLICAS, PINS, MEMO, HELP";
 
 /// What follows AuthenticationOk.
 pub(super) fn put_greeting(out: &mut Vec<u8>) {
@@ -152,6 +152,22 @@ fn answer(out: &mut Vec<u8>, text: &str, shared: &Shared) {
                 out,
                 &["replica", "in_rotation", "replayed", "lag_bytes"],
                 rows,
+            );
+        }
+        ["SHOW", "MEMO"] => {
+            let stats = shared.classifier.memo_stats();
+            let rows = [
+                ("hits", stats.hits),
+                ("misses", stats.misses),
+                ("evictions", stats.evictions),
+                ("too_large", stats.too_large),
+                ("entries", stats.entries as u64),
+                ("bytes", stats.bytes as u64),
+            ];
+            put_table(
+                out,
+                &["statement_texts", "count"],
+                rows.map(|(name, count)| vec![name.to_owned(), count.to_string()]),
             );
         }
         ["SHOW", "PINS"] => {

@@ -22,8 +22,6 @@ pub(crate) enum SessionError {
     Startup(#[from] StartupError),
     #[error("client broke the protocol: {0}")]
     Protocol(&'static str),
-    #[error("login took too long")]
-    LoginTimeout,
     #[error("TLS handshake failed: {0}")]
     Tls(#[source] io::Error),
     #[error("refused: {}", .0.message)]
@@ -56,10 +54,6 @@ impl SessionError {
             Self::Startup(error @ StartupError::NoUser) => fatal("28000", error.to_string()),
             Self::Startup(error) => fatal("08P01", error.to_string()),
             Self::Protocol(message) => fatal("08P01", (*message).to_owned()),
-            Self::LoginTimeout => fatal(
-                "57014",
-                "canceling authentication due to timeout".to_owned(),
-            ),
             Self::Refused(error) => Some(error.as_ref().clone()),
             Self::Relay(RelayError::Server(_) | RelayError::ServerClosed) => fatal(
                 "08006",

@@ -62,8 +62,8 @@ impl StatementRegistry {
 }
 
 /// The statements of one client.
-#[derive(Default)]
 pub(super) struct Prepared {
+    client: u64,
     named: HashMap<Box<[u8]>, Arc<Statement>>,
     unnamed: Option<Unnamed>,
     unnamed_count: u64,
@@ -99,6 +99,18 @@ pub(super) enum Translated {
 }
 
 impl Prepared {
+    pub(super) fn new(client: u64) -> Self {
+        let (named, undo, spare) = (HashMap::new(), Vec::new(), Vec::new());
+        Self {
+            client,
+            named,
+            unnamed: None,
+            unnamed_count: 0,
+            undo,
+            spare,
+        }
+    }
+
     /// What the statement `name` is; `None` if there is no such statement.
     pub(super) fn analysis(&self, name: &[u8]) -> Option<&Arc<Analysis>> {
         if name.is_empty() {
@@ -106,10 +118,6 @@ impl Prepared {
         } else {
             self.named.get(name).map(|statement| &statement.analysis)
         }
-    }
-
-    pub(super) fn knows(&self, name: &[u8]) -> bool {
-        self.named.contains_key(name)
     }
 
     pub(super) fn forget(&mut self, name: &[u8]) {
@@ -194,7 +202,6 @@ impl Prepared {
     /// message if only its beginning is in `batch`.
     pub(super) fn translate(
         &mut self,
-        client: u64,
         batch: &[u8],
         analyses: &[Arc<Analysis>],
         huge: Option<usize>,
@@ -206,7 +213,7 @@ impl Prepared {
             put_statement_target(&mut server.stream.output, b'C', &name);
             expected.push_back(Expected::OursClosed);
         }
-        let plain = huge.is_none() && self.passes_as_it_is(client, batch, server);
+        let plain = huge.is_none() && self.passes_as_it_is(batch, server);
         let mut analyses = analyses.iter();
         let from = batch.len();
         let mut last_at = 0;
@@ -219,7 +226,6 @@ impl Prepared {
                 header.whole
             };
             let mut step = Step {
-                client,
                 header: Header { whole, ..header },
                 frame,
                 plain,
@@ -236,9 +242,9 @@ impl Prepared {
                                 &[],
                                 &analyses.next().cloned().unwrap_or_else(Analysis::other),
                             );
-                            step.server.unnamed = Some((client, serial));
+                            step.server.unnamed = Some((self.client, serial));
                             step.expected
-                                .push_back(Expected::ParsedUnnamed((client, serial)));
+                                .push_back(Expected::ParsedUnnamed((self.client, serial)));
                         } else {
                             step.expected.push_back(Expected::Closed(None));
                         }
@@ -273,8 +279,8 @@ impl Prepared {
 
     /// Whether a batch means the same to this server as it stands: it names no named statement, and the unnamed one only
     /// after a Parse of it, or where the server holds it already.
-    fn passes_as_it_is(&self, client: u64, batch: &[u8], server: &ServerConn) -> bool {
-        let mut unnamed_fits = self.holds_unnamed(client, server);
+    fn passes_as_it_is(&self, batch: &[u8], server: &ServerConn) -> bool {
+        let mut unnamed_fits = self.holds_unnamed(server);
         frames(batch).all(|(header, frame)| {
             let body = frame.get(HEADER..).unwrap_or_default();
             let name = match header.tag {
@@ -292,9 +298,9 @@ impl Prepared {
     }
 
     /// The server's unnamed statement is this client's, or neither has one.
-    fn holds_unnamed(&self, client: u64, server: &ServerConn) -> bool {
+    fn holds_unnamed(&self, server: &ServerConn) -> bool {
         match &self.unnamed {
-            Some(unnamed) => server.unnamed == Some((client, unnamed.serial)),
+            Some(unnamed) => server.unnamed == Some((self.client, unnamed.serial)),
             None => server.unnamed.is_none(),
         }
     }
@@ -312,9 +318,9 @@ impl Prepared {
         if parse.name.is_empty() {
             let serial = self.replace_unnamed(step.frame, analysis);
             // Postgres drops the old one before it looks at the new one. Messages after this one in the batch find it.
-            step.server.unnamed = Some((step.client, serial));
+            step.server.unnamed = Some((self.client, serial));
             step.expected
-                .push_back(Expected::ParsedUnnamed((step.client, serial)));
+                .push_back(Expected::ParsedUnnamed((self.client, serial)));
             self.undo.push(Undo::Unnamed);
             return step.pass();
         }
@@ -413,13 +419,13 @@ impl Prepared {
 
     /// Makes sure that the server's unnamed statement is this client's, or is none if it has none.
     fn bring_unnamed(&mut self, step: &mut Step<'_>) {
-        if self.holds_unnamed(step.client, step.server) {
+        if self.holds_unnamed(step.server) {
             return;
         }
         match &self.unnamed {
             Some(unnamed) if !unnamed.parse.is_empty() => {
                 step.server.stream.output.extend_from_slice(&unnamed.parse);
-                let owner: UnnamedOwner = (step.client, unnamed.serial);
+                let owner: UnnamedOwner = (self.client, unnamed.serial);
                 step.server.unnamed = Some(owner);
                 step.expected.push_back(Expected::OursParsedUnnamed(owner));
             }
@@ -455,7 +461,6 @@ impl Prepared {
 
 /// One message of a batch on its way.
 struct Step<'a> {
-    client: u64,
     header: Header,
     frame: &'a [u8],
     /// The batch passes as it is; only the books are kept.

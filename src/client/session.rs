@@ -100,7 +100,7 @@ impl Session {
             reported: login.reported,
             state: State::new(&login.application_name, login.session_mode),
             application_name: login.application_name,
-            prepared: Prepared::default(),
+            prepared: Prepared::new(login.id),
             survey: Survey::default(),
             grouping: Grouping::default(),
             exchange: Exchange::default(),
@@ -128,6 +128,11 @@ impl Session {
                 Unit::Incomplete { .. } => {}
             }
         }
+    }
+
+    /// The client is in the middle of a message from its server, so nothing of ours may follow.
+    pub(super) fn is_mid_message(&self) -> bool {
+        self.exchange.is_mid_message()
     }
 
     /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
@@ -171,7 +176,7 @@ impl Session {
                 Unit::Incomplete { needed } => needed,
                 unit => return Ok(unit),
             };
-            if self.lease.is_none() && *self.running.borrow() == Running::Draining {
+            if self.tx() == TxStatus::Idle && *self.running.borrow() != Running::Serving {
                 return Err(SessionError::Shutdown);
             }
             let wait = Waiting {
@@ -377,9 +382,13 @@ impl Session {
             return Ok(());
         };
         for effect in &analysis.effects {
-            if let Effect::Execute(name) | Effect::Deallocate(name) = effect {
-                self.prepared
-                    .lend(name.as_bytes(), lease, &mut self.exchange.expected);
+            match effect {
+                Effect::Execute(name) | Effect::Deallocate(name) => {
+                    self.prepared
+                        .lend(name.as_bytes(), lease, &mut self.exchange.expected);
+                }
+                Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
+                _ => {}
             }
         }
         lease.unnamed = None;
@@ -449,6 +458,11 @@ impl Session {
             return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
         }
         self.shared.counters.to_primary.inc();
+        for effect in self.survey.effects() {
+            if let Effect::NeedsDatabaseAlone(database) = effect {
+                shared.pools.leave_database(database);
+            }
+        }
         self.exchange.begin(true, Phase::Open);
         let before = self.tx();
         let mut effects = Vec::new();
@@ -522,7 +536,6 @@ impl Session {
             None
         };
         let translated = self.prepared.translate(
-            self.id,
             batch,
             &self.survey.parsed,
             huge,
@@ -736,12 +749,10 @@ impl Session {
     }
 
     async fn relay_to_ready(&mut self) -> Result<TxStatus, SessionError> {
-        loop {
-            match self.relay().await? {
-                Pause::Ready(status) => return Ok(status),
-                Pause::ClientSpeaks => return Err(SessionError::Frame(FrameError::Length)),
-                Pause::Refused => return Err(SessionError::Relay(RelayError::ServerMalformed)),
-            }
+        match self.relay().await? {
+            Pause::Ready(status) => Ok(status),
+            Pause::ClientSpeaks => Err(SessionError::Frame(FrameError::Length)),
+            Pause::Refused => Err(SessionError::Relay(RelayError::ServerMalformed)),
         }
     }
 

@@ -26,6 +26,8 @@ pub(crate) enum Running {
     Serving,
     /// No new clients, no new transactions.
     Draining,
+    /// Time is up for what is still open.
+    Stopping,
 }
 
 pub(crate) struct Shared {

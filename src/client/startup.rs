@@ -44,10 +44,16 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let arrival = timeout(within, Box::pin(arrive(tcp, &shared, seat.is_some()))).await;
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
-            let ended = session.run().await;
+            let ended = tokio::select! {
+                biased;
+                ended = session.run() => ended,
+                () = stopping(&shared) => Err(SessionError::Shutdown),
+            };
             if let Err(error) = &ended {
                 note(peer, error, &shared);
-                farewell(&mut session.client, error).await;
+                if !session.is_mid_message() {
+                    farewell(&mut session.client, error).await;
+                }
             }
             session.part().await;
         }
@@ -69,6 +75,12 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
             debug!(%peer, "client did not log in in time");
         }
     }
+}
+
+async fn stopping(shared: &Shared) {
+    let mut running = shared.running.clone();
+    // An error means that the sender is gone, and the process with it.
+    drop(running.wait_for(|state| *state == Running::Stopping).await);
 }
 
 enum Arrival {
@@ -184,7 +196,7 @@ async fn introduce(
         shared.counters.refused_full.inc();
         return Err(refused("53300", "sorry, too many clients already"));
     }
-    if *shared.running.borrow() == Running::Draining {
+    if *shared.running.borrow() != Running::Serving {
         return Err(refused("57P03", "the database system is shutting down"));
     }
     let encrypted = !matches!(client.transport(), Transport::Plain(_));

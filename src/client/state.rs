@@ -176,6 +176,7 @@ impl State {
                 | Effect::Execute(_)
                 | Effect::Deallocate(_)
                 | Effect::Copy
+                | Effect::NeedsDatabaseAlone(_)
                 | Effect::Transaction => {}
             }
         }

@@ -347,7 +347,7 @@ impl Check {
             wake: self.word(
                 "events.wake",
                 raw.wake,
-                &[("observe", Wake::Observe), ("notify", Wake::Notify)],
+                &[("notify", Wake::Notify), ("observe", Wake::Observe)],
             ),
             direct_notify: raw.direct_notify.unwrap_or(false),
             retention: self.span(

@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,20 +17,30 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 
 const PREFIX: &str = "flowgate-pg-";
+const MADE: &str = "made";
 
-/// `$1` is the run folder. Waits for end of file, then stops every process that registered in `pids/`, first asking
-/// (SIGQUIT: Postgres' immediate shutdown), after 8 s by force, then removes the folder.
+/// `$1` is the run folder; with `$2` it makes it first and prints that word: one made by us would stay if we died before
+/// the guard was there. (Nobody may be left to read the word, hence PIPE.) Waits for end of file, then stops every process
+/// that registered in `pids/`, first asking (SIGQUIT: Postgres' immediate shutdown), after 8 s by force, then removes
+/// the folder.
 ///
 /// INVARIANT: `closing` is made before `pids/` is read, and a process looks for `closing` after it wrote its pid and
 /// before it execs (`LAUNCH`): whichever comes second sees the first, so no server slips through.
-/// A pid counts only while its command line bears our folder's name; a zombie's or a recycled pid's does not.
+/// A pid counts only while its command line bears our folder's name; a zombie's or a recycled pid's does not. (It is
+/// empty also in the middle of an exec, and that one counts: `initdb` would make the folder anew.)
 const GUARD: &str = r#"
-trap '' INT TERM HUP QUIT
+trap '' INT TERM HUP QUIT PIPE
+root=$1
+if [ -n "$2" ]; then mkdir -m 700 "$root" "$root/pids" || exit 1; echo "$2"; fi
+exec > /dev/null
 while read -r _; do :; done
 cd / || exit 1
-root=$1
 : > "$root/closing"
-ours() { [ ! -d /proc/self ] || grep -q -- "${root##*/}" "/proc/$1/cmdline" 2>/dev/null; }
+ours() {
+  [ -d /proc/self ] || return 0
+  grep -q -- "${root##*/}" "/proc/$1/cmdline" && return 0
+  ! grep -q . "/proc/$1/cmdline" && ! grep -q ') Z' "/proc/$1/stat"
+}
 each() {
   some=1
   for file in "$root"/pids/*; do
@@ -41,9 +51,8 @@ each() {
   done
   return $some
 }
-each 'QUIT CONT'
 n=0
-while each 0 && [ $n -lt 160 ]; do sleep 0.05; n=$((n + 1)); done
+while each 'QUIT CONT' && [ $n -lt 160 ]; do sleep 0.05; n=$((n + 1)); done
 each KILL
 n=0
 while rm -rf "$root" 2>/dev/null; [ -e "$root" ] && [ $n -lt 100 ]; do sleep 0.05; n=$((n + 1)); done
@@ -139,17 +148,31 @@ pub(super) struct Guard {
 
 impl Guard {
     pub(super) fn start(run_as: RunAs) -> io::Result<Self> {
-        sweep(&std::env::temp_dir(), &run_as);
-        let root = tempfile::Builder::new().prefix(PREFIX).tempdir()?;
-        fs::create_dir(root.path().join("pids"))?;
-        run_as.own(root.path())?;
-        run_as.own(&root.path().join("pids"))?;
-        let owner = File::create(root.path().join("owner"))?;
-        owner.lock()?;
-        let mut process = guard_command(root.path()).stdin(Stdio::piped()).spawn()?;
-        // From here on the guard removes the folder.
-        let root = root.keep();
+        let parent = std::env::temp_dir();
+        sweep(&parent, &run_as);
+        let mut name = [0; 8];
+        getrandom::fill(&mut name).map_err(io::Error::other)?;
+        let root = parent.join(format!("{PREFIX}{:016x}", u64::from_ne_bytes(name)));
+        let mut command = guard_command(&root);
+        let mut process = command
+            .arg(MADE)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
         let pipe = process.stdin.take();
+        let mut made = String::new();
+        if let Some(mut answer) = process.stdout.take() {
+            answer.read_to_string(&mut made)?;
+        }
+        if made.trim_end() != MADE {
+            drop(pipe);
+            process.wait()?;
+            return Err(io::Error::other(format!("cannot make {}", root.display())));
+        }
+        run_as.own(&root)?;
+        run_as.own(&root.join("pids"))?;
+        let owner = File::create(root.join("owner"))?;
+        owner.lock()?;
         Ok(Self {
             root,
             run_as,
@@ -168,7 +191,7 @@ impl Guard {
         self.root
             .file_name()
             .and_then(OsStr::to_str)
-            .expect("tempfile made the name from our prefix and letters")
+            .expect("`start` made the name of our prefix and digits")
     }
 
     /// Starts `program` under the server's user, in its own process group (a terminal's Ctrl-C reaches only us).
@@ -326,16 +349,23 @@ fn is_stale(root: &Path, run_as: &RunAs) -> bool {
     if !folder.is_dir() || !run_as.is_owner_of(folder.uid()) {
         return false;
     }
-    let Ok(owner) = File::open(root.join("owner")) else {
-        return false;
+    let (made, free) = match File::open(root.join("owner")) {
+        Ok(owner) => (
+            owner.metadata().and_then(|file| file.modified()),
+            is_unlocked(&owner),
+        ),
+        // Its maker ended before it came to that.
+        Err(error) => (folder.modified(), error.kind() == io::ErrorKind::NotFound),
     };
-    let age = owner
-        .metadata()
-        .and_then(|file| file.modified())
-        .ok()
-        .and_then(|made| made.elapsed().ok());
+    free && made.is_ok_and(|made| {
+        made.elapsed()
+            .is_ok_and(|age| age > Duration::from_secs(10))
+    })
+}
+
+fn is_unlocked(owner: &File) -> bool {
     match owner.try_lock() {
-        Ok(()) => age.is_some_and(|age| age > Duration::from_secs(10)),
+        Ok(()) => true,
         Err(TryLockError::WouldBlock | TryLockError::Error(_)) => false,
     }
 }
@@ -389,6 +419,14 @@ mod tests {
         assert!(
             !is_stale(abandoned.path(), &RunAs::Ourselves),
             "no lock file yet: being made"
+        );
+        File::open(abandoned.path())
+            .unwrap()
+            .set_modified(long_ago)
+            .unwrap();
+        assert!(
+            is_stale(abandoned.path(), &RunAs::Ourselves),
+            "nobody is making it any more"
         );
         File::create(abandoned.path().join("owner"))
             .unwrap()

@@ -854,10 +854,6 @@ impl Subscriber {
         }
     }
 
-    pub(crate) fn channels(&self) -> Vec<String> {
-        self.mailbox.lock().channels()
-    }
-
     /// Cancel-safe. After a `Cut` nothing but that `Cut` comes.
     pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Delivery> {
         let mut inbox = self.mailbox.lock();

@@ -249,16 +249,6 @@ impl Inbox {
             .map(|stream| Arc::clone(&stream.spelling))
     }
 
-    pub(super) fn channels(&self) -> Vec<String> {
-        let mut channels: Vec<String> = self
-            .spellings
-            .keys()
-            .map(|spelling| spelling.to_string())
-            .collect();
-        channels.sort_unstable();
-        channels
-    }
-
     pub(super) fn channel_count(&self) -> usize {
         self.streams.len()
     }
@@ -972,7 +962,6 @@ mod tests {
         offer(&mut inbox, 2, 1, Some(1));
         assert_eq!(inbox.remove(1), Some(run()));
         assert_eq!(offer(&mut inbox, 1, 2, Some(2)), Offered::Skipped);
-        assert_eq!(inbox.channels(), ["all"]);
         assert_eq!(drain(&mut inbox), "1");
         assert_eq!(inbox.bytes, 0);
     }

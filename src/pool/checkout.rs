@@ -32,14 +32,14 @@ const ABANDON_MAX: Duration = Duration::from_secs(5);
 /// How often idle servers are looked at.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-impl Shelved for ServerConn {
+impl Shelved for Box<ServerConn> {
     type Kind = Arc<Opening>;
     fn kind(&self) -> &Arc<Opening> {
         &self.opening
     }
 }
 
-type Books = Shelf<ServerConn, oneshot::Sender<Grant>>;
+type Books = Shelf<Box<ServerConn>, oneshot::Sender<Grant>>;
 
 /// What a waiter is handed. Dropped unread, it goes back by itself.
 enum Grant {
@@ -119,10 +119,8 @@ impl Pools {
         registry: &Registry,
         control: Handle,
     ) -> io::Result<Arc<Self>> {
-        let ids = Arc::new(AtomicU64::new(1));
-        let connect = |url: &&config::ConnectUrl| {
-            Connector::new(url, settings.connect_timeout, Arc::clone(&ids)).map(Arc::new)
-        };
+        let connect =
+            |url: &&config::ConnectUrl| Connector::new(url, settings.connect_timeout).map(Arc::new);
         let counter = |name, help| registry.counter(name, help, &[]);
         let counters = Arc::new(Counters {
             opened: counter("flowgate_servers_opened_total", "server connections opened"),
@@ -209,6 +207,19 @@ impl Pools {
         pools.iter().map(row).collect()
     }
 
+    /// Closes the idle servers of a database: somebody wants it to themselves.
+    pub(crate) fn leave_database(&self, database: &str) {
+        let inside = |((of, _, _), _): &(&(String, String, usize), &Arc<Pool>)| of == database;
+        let pools: Vec<_> = lock(&self.pools)
+            .iter()
+            .filter(inside)
+            .map(|(_, pool)| Arc::clone(pool))
+            .collect();
+        for pool in pools {
+            pool.close_idle_where(|_| true);
+        }
+    }
+
     /// Closes every idle server; those on loan close when they come back, as their clients leave.
     pub(crate) fn close_idle(&self) {
         let pools: Vec<_> = lock(&self.pools).values().cloned().collect();
@@ -290,7 +301,7 @@ impl Pool {
         lock(&self.books).disown(client);
     }
 
-    fn take(&self, wish: Wish<'_>) -> (Take<ServerConn>, Option<oneshot::Receiver<Grant>>) {
+    fn take(&self, wish: Wish<'_>) -> (Take<Box<ServerConn>>, Option<oneshot::Receiver<Grant>>) {
         let mut receiver = None;
         let taken = lock(&self.books).take(wish.client, wish.opening, || {
             let (sender, awaited) = oneshot::channel();
@@ -335,7 +346,7 @@ impl Pool {
         {
             Ok(server) => {
                 self.counters.opened.inc();
-                Ok(slot.fill(server))
+                Ok(slot.fill(Box::new(server)))
             }
             Err(error) => {
                 self.counters.failed.inc();
@@ -345,7 +356,7 @@ impl Pool {
     }
 
     /// A server that was idle is lent only if it still lives; otherwise it is closed and its slot is free again.
-    async fn fit(self: &Arc<Self>, server: ServerConn) -> Option<Checkout> {
+    async fn fit(self: &Arc<Self>, server: Box<ServerConn>) -> Option<Checkout> {
         let mut checkout = Checkout {
             server: Some(server),
             pool: Arc::clone(self),
@@ -374,7 +385,7 @@ impl Pool {
         }
     }
 
-    fn pass_on(self: &Arc<Self>, give: Give<ServerConn, oneshot::Sender<Grant>>) {
+    fn pass_on(self: &Arc<Self>, give: Give<Box<ServerConn>, oneshot::Sender<Grant>>) {
         // A grant that nobody takes is dropped here, and its drop comes back through `closed`: hence the clear order of
         // "books first, sending after", with no lock held.
         match give {
@@ -398,7 +409,7 @@ impl Pool {
         }
     }
 
-    fn close_idle_where(self: &Arc<Self>, wanted: impl FnMut(&mut ServerConn) -> bool) {
+    fn close_idle_where(self: &Arc<Self>, wanted: impl FnMut(&mut Box<ServerConn>) -> bool) {
         let removed = lock(&self.books).remove_idle(wanted);
         for server in removed {
             self.counters.closed.inc();
@@ -433,7 +444,7 @@ impl Slot {
         }
     }
 
-    fn fill(mut self, server: ServerConn) -> Checkout {
+    fn fill(mut self, server: Box<ServerConn>) -> Checkout {
         let pool = self.pool.take().expect("a slot is filled once");
         Checkout {
             server: Some(server),
@@ -454,7 +465,7 @@ impl Drop for Slot {
 /// A server connection on loan. INVARIANT: only `check_in` shares it again; dropping the lease closes the socket, so a
 /// request that was given up can never hand its half-read response to the next client.
 pub(crate) struct Checkout {
-    server: Option<ServerConn>,
+    server: Option<Box<ServerConn>>,
     pool: Arc<Pool>,
 }
 

@@ -107,15 +107,6 @@ impl Freshness {
             }
         }
     }
-
-    /// The same as things are known now.
-    pub(crate) fn try_fresh(&self, since: Instant, prefer: Option<usize>) -> Option<usize> {
-        let now = Instant::now();
-        match self.shared.ask(since, prefer, now + INTEREST) {
-            Verdict::Fresh(replica) => Some(replica),
-            Verdict::Wait | Verdict::Primary => None,
-        }
-    }
 }
 
 impl Shared {

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::time::Instant;
 
@@ -11,16 +10,6 @@ use super::parameters::{Opening, Reported};
 use super::settings::Settings;
 use crate::wire::messages::TxStatus;
 use crate::wire::stream::Stream;
-
-/// Identifies a server connection for affinity; never reused in a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct ServerId(u64);
-
-impl ServerId {
-    pub(crate) fn next(counter: &AtomicU64) -> Self {
-        Self(counter.fetch_add(1, Ordering::Relaxed))
-    }
-}
 
 /// Names a prepared statement on servers: `flowgate_<number>`, one number per distinct text and parameter types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,7 +48,6 @@ pub(crate) const UNNAMED_UNKNOWN: UnnamedOwner = (0, 0);
 /// An open, logged-in server connection.
 pub(crate) struct ServerConn {
     pub(crate) stream: Stream,
-    pub(crate) id: ServerId,
     pub(crate) key: Arc<ServerKey>,
     pub(crate) opening: Arc<Opening>,
     pub(crate) reported: Reported,

@@ -3,7 +3,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -14,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::auth::{self, AuthError, Credentials, Login, Step};
-use super::conn::{ServerConn, ServerId, ServerKey, Statements};
+use super::conn::{ServerConn, ServerKey, Statements};
 use super::parameters::{Opening, Reported};
 use super::settings::Settings;
 use super::tls;
@@ -53,16 +52,10 @@ pub(crate) struct Connector {
     sslmode: SslMode,
     tls: Option<Arc<ClientConfig>>,
     timeout: Duration,
-    ids: Arc<AtomicU64>,
 }
 
 impl Connector {
-    /// `ids` numbers server connections across all upstreams.
-    pub(crate) fn new(
-        url: &ConnectUrl,
-        timeout: Duration,
-        ids: Arc<AtomicU64>,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(url: &ConnectUrl, timeout: Duration) -> io::Result<Self> {
         let tls = (url.sslmode != SslMode::Disable)
             .then(|| tls::client_config(url).map(Arc::new))
             .transpose()?;
@@ -72,7 +65,6 @@ impl Connector {
             sslmode: url.sslmode,
             tls,
             timeout,
-            ids,
         })
     }
 
@@ -147,7 +139,6 @@ impl Connector {
         let now = Instant::now();
         Ok(ServerConn {
             stream,
-            id: ServerId::next(&self.ids),
             key: Arc::new(ServerKey {
                 host: Arc::clone(&self.host),
                 port: self.port,

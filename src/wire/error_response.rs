@@ -3,7 +3,7 @@
 
 use super::messages::{self, put_cstr};
 
-/// An error or notice we write ourselves. `message` in Postgres's style: lower case, no full stop.
+/// An error we write ourselves. `message` in Postgres's style: lower case, no full stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ErrorResponse {
     pub(crate) severity: Severity,
@@ -17,7 +17,6 @@ pub(crate) struct ErrorResponse {
 pub(crate) enum Severity {
     Error,
     Fatal,
-    Notice,
 }
 
 impl Severity {
@@ -25,7 +24,6 @@ impl Severity {
         match self {
             Self::Error => "ERROR",
             Self::Fatal => "FATAL",
-            Self::Notice => "NOTICE",
         }
     }
 }
@@ -48,13 +46,6 @@ impl ErrorResponse {
         }
     }
 
-    pub(crate) fn notice(code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            severity: Severity::Notice,
-            ..Self::error(code, message)
-        }
-    }
-
     pub(crate) fn with_detail(self, detail: impl Into<String>) -> Self {
         Self {
             detail: Some(detail.into()),
@@ -71,12 +62,7 @@ impl ErrorResponse {
 
     /// Appends the whole frame.
     pub(crate) fn put(&self, out: &mut Vec<u8>) {
-        let tag = if self.severity == Severity::Notice {
-            b'N'
-        } else {
-            b'E'
-        };
-        messages::put_frame(out, tag, |out| {
+        messages::put_frame(out, b'E', |out| {
             let word = self.severity.word();
             let fields = [
                 (b'S', word),
@@ -114,6 +100,7 @@ pub(crate) fn field(mut body: &[u8], wanted: u8) -> Option<&[u8]> {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -284,6 +284,7 @@ pub(crate) fn put_text_row(out: &mut Vec<u8>, values: &[Option<&str>]) {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -6,5 +6,7 @@
 )]
 
 mod embedded;
+mod protocol;
 mod schema;
 mod support;
+mod transcripts;
