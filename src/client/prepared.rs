@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::classify::Analysis;
@@ -23,7 +23,16 @@ pub(super) struct Statement {
     text: Box<[u8]>,
     /// Parameter types as sent in the Parse.
     types: Box<[u8]>,
-    pub(super) analysis: Arc<Analysis>,
+    analysis: Arc<Analysis>,
+    /// Some server has parsed it.
+    proven: AtomicBool,
+}
+
+/// A client's name for a statement.
+struct Named {
+    statement: Arc<Statement>,
+    /// Its Parse was answered here: the first server that is to run it parses it anew, as one would have then.
+    deferred: bool,
 }
 
 /// Statements by text, across clients; forgets those no client has any more.
@@ -35,6 +44,19 @@ pub(crate) struct StatementRegistry {
 }
 
 impl StatementRegistry {
+    fn has_proven(&self, parse: &Parse<'_>) -> bool {
+        let hash = self.hasher.hash_one((parse.text, parse.types));
+        let texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut alike = texts
+            .get(&hash)
+            .into_iter()
+            .flatten()
+            .filter_map(Weak::upgrade);
+        alike.any(|s| {
+            *s.text == *parse.text && *s.types == *parse.types && s.proven.load(Ordering::Relaxed)
+        })
+    }
+
     fn intern(&self, parse: &Parse<'_>, analysis: &Arc<Analysis>) -> Arc<Statement> {
         let hash = self.hasher.hash_one((parse.text, parse.types));
         let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -52,6 +74,7 @@ impl StatementRegistry {
             text: parse.text.into(),
             types: parse.types.into(),
             analysis: Arc::clone(analysis),
+            proven: AtomicBool::new(false),
         });
         alike.push(Arc::downgrade(&statement));
         if texts.len().is_power_of_two() {
@@ -64,7 +87,7 @@ impl StatementRegistry {
 /// The statements of one client.
 pub(super) struct Prepared {
     client: u64,
-    named: HashMap<Box<[u8]>, Arc<Statement>>,
+    named: HashMap<Box<[u8]>, Named>,
     unnamed: Option<Unnamed>,
     unnamed_count: u64,
     /// Changes made by messages whose answers have not come, in order.
@@ -81,7 +104,7 @@ struct Unnamed {
 }
 
 enum Undo {
-    Named(Box<[u8]>, Option<Arc<Statement>>),
+    Named(Box<[u8]>, Option<Named>),
     /// The unnamed statement is gone if its Parse fails, as in Postgres.
     Unnamed,
     Nothing,
@@ -116,7 +139,7 @@ impl Prepared {
         if name.is_empty() {
             self.unnamed.as_ref().map(|unnamed| &unnamed.analysis)
         } else {
-            self.named.get(name).map(|statement| &statement.analysis)
+            self.named.get(name).map(|named| &named.statement.analysis)
         }
     }
 
@@ -137,6 +160,13 @@ impl Prepared {
 
     /// How many of the last request's own Parse and Close messages succeeded: the rest did nothing.
     pub(super) fn settle(&mut self, confirmed: usize) {
+        for undo in self.undo.iter().take(confirmed) {
+            if let Undo::Named(name, _) = undo
+                && let Some(named) = self.named.get(name)
+            {
+                named.statement.proven.store(true, Ordering::Relaxed);
+            }
+        }
         while self.undo.len() > confirmed {
             match self.undo.pop() {
                 Some(Undo::Named(name, Some(statement))) => {
@@ -148,6 +178,21 @@ impl Prepared {
             }
         }
         self.undo.clear();
+    }
+
+    /// Whether a batch does nothing but prepare, under new names, what some server has parsed before: then it may be answered
+    /// while every server is busy, and parsed when it is first run. A client that waits for its ParseComplete may be the
+    /// very one that keeps the servers busy (pgbench drives many sessions from a thread that blocks in each).
+    pub(super) fn may_defer(&self, batch: &[u8], registry: &StatementRegistry) -> bool {
+        frames(batch).all(|(header, frame)| match header.tag {
+            b'P' => Parse::read(frame.get(HEADER..).unwrap_or_default()).is_some_and(|parse| {
+                !parse.name.is_empty()
+                    && !self.named.contains_key(parse.name)
+                    && registry.has_proven(&parse)
+            }),
+            b'S' => true,
+            _ => false,
+        })
     }
 
     /// Notes what a batch that was answered here prepared and closed.
@@ -168,8 +213,14 @@ impl Prepared {
                     if parse.name.is_empty() {
                         self.replace_unnamed(frame, analysis);
                     } else {
-                        self.named
-                            .insert(parse.name.into(), registry.intern(&parse, analysis));
+                        let statement = registry.intern(&parse, analysis);
+                        self.named.insert(
+                            parse.name.into(),
+                            Named {
+                                statement,
+                                deferred: true,
+                            },
+                        );
                     }
                 }
                 b'C' => match Target::read(body) {
@@ -349,7 +400,11 @@ impl Prepared {
             out.extend_from_slice(parse.types);
         });
         step.expected.push_back(Expected::Parsed(id));
-        let before = self.named.insert(parse.name.into(), statement);
+        let named = Named {
+            statement,
+            deferred: false,
+        };
+        let before = self.named.insert(parse.name.into(), named);
         self.undo.push(Undo::Named(parse.name.into(), before));
     }
 
@@ -358,8 +413,8 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        match self.named.get(bind.statement) {
-            Some(statement) => step.bring(statement),
+        match self.named.get_mut(bind.statement) {
+            Some(named) => step.bring(named),
             None if !bind.statement.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
             None => {}
         }
@@ -397,8 +452,8 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        match self.named.get(target.name) {
-            Some(statement) => step.bring(statement),
+        match self.named.get_mut(target.name) {
+            Some(named) => step.bring(named),
             None if !target.name.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
             None => {}
         }
@@ -411,7 +466,7 @@ impl Prepared {
 
     fn server_name(&self, name: &[u8]) -> Vec<u8> {
         match self.named.get(name) {
-            Some(statement) => statement.id.server_name(),
+            Some(named) => named.statement.id.server_name(),
             // A name like ours that is not the client's: it must not meet one of ours.
             None => [name, b" "].concat(),
         }
@@ -445,7 +500,7 @@ impl Prepared {
         server: &mut ServerConn,
         expected: &mut std::collections::VecDeque<Expected>,
     ) {
-        let Some(statement) = self.named.get(name) else {
+        let Some(Named { statement, .. }) = self.named.get(name) else {
             return;
         };
         put_parse(
@@ -477,7 +532,14 @@ impl Step<'_> {
     }
 
     /// Sends a statement ahead if the server lacks it.
-    fn bring(&mut self, statement: &Statement) {
+    fn bring(&mut self, named: &mut Named) {
+        let statement = &named.statement;
+        if std::mem::take(&mut named.deferred) && self.server.statements.knows(statement.id) {
+            let name = statement.id.server_name();
+            put_statement_target(&mut self.server.stream.output, b'C', &name);
+            self.expected.push_back(Expected::OursClosed);
+            self.server.statements.remove(statement.id);
+        }
         let underway = [
             Expected::Parsed(statement.id),
             Expected::OursParsed(statement.id),

@@ -420,6 +420,14 @@ impl Session {
             },
             None => Plan::Primary,
         };
+        if self.answers_parse(len, end) {
+            self.keep(len);
+            self.prepared
+                .note_batch(&self.kept, &self.survey.parsed, &self.shared.statements);
+            reply::put_batch(&mut self.client.output, &self.kept, "");
+            self.shared.counters.answered_here.inc();
+            return Ok(self.client.flush().await?);
+        }
         match plan {
             Plan::Subscribe(change) if end == BatchEnd::Sync && self.survey.bound.len() == 1 => {
                 return self.subscribe_extended(len, &change).await;
@@ -432,6 +440,19 @@ impl Session {
             Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
         }
         self.run_extended(Source::Input, len, end).await
+    }
+
+    /// Whether a request that only prepares is answered here: every server is busy, and some server knows the texts.
+    fn answers_parse(&mut self, len: usize, end: BatchEnd) -> bool {
+        if self.lease.is_some()
+            || end != BatchEnd::Sync
+            || self.survey.parsed.is_empty()
+            || !self.survey.bound.is_empty()
+        {
+            return false;
+        }
+        let batch = self.client.input.bytes().get(..len).unwrap_or_default();
+        self.prepared.may_defer(batch, &self.shared.statements) && self.pool(PRIMARY).is_busy()
     }
 
     /// An extended request on the server in hand, or on the primary, to its end.

@@ -234,6 +234,12 @@ impl Pool {
         lock(&self.books).counts()
     }
 
+    /// Whether a checkout would have to wait now.
+    pub(crate) fn is_busy(&self) -> bool {
+        let counts = self.counts();
+        counts.idle == 0 && counts.open >= self.settings.size.get()
+    }
+
     pub(crate) fn learn_credentials(&self, credentials: &Credentials) {
         match credentials {
             Credentials::None => {}
