@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, interval, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::cancel::CancelRegistry;
@@ -34,6 +34,7 @@ const MEMO_BYTES: usize = 8 * 1024 * 1024;
 const READINESS_EVERY: Duration = Duration::from_secs(1);
 /// How long clients may take to be told that time is up.
 const FAREWELL_MAX: Duration = Duration::from_secs(3);
+const STANDING_TIMER: Duration = Duration::from_secs(1);
 /// How long HTTP requests may take to end.
 const HTTP_GOODBYE: Duration = Duration::from_secs(2);
 
@@ -131,8 +132,12 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         cancels: Arc::new(CancelRegistry::default()),
         clients: ClientIds::default(),
         seats: Seats::new(config.pool.max_clients.get()),
-        classifier: Classifier::new(config.route.reads, MEMO_BYTES, seed()?),
-        statements: StatementRegistry::default(),
+        classifier: Classifier::new(
+            config.route.reads,
+            MEMO_BYTES,
+            u64::from_ne_bytes(random()?),
+        ),
+        statements: StatementRegistry::new(u32::from_ne_bytes(random()?)),
         hubs: Arc::clone(&hubs),
         freshness,
         upstreams,
@@ -244,10 +249,10 @@ fn listen(listen: &Listen) -> Result<(SocketAddr, Vec<std::net::TcpListener>), A
     Ok((address, listeners))
 }
 
-fn seed() -> Result<u64, AppError> {
-    let mut bytes = [0; 8];
+fn random<const N: usize>() -> Result<[u8; N], AppError> {
+    let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| AppError::Randomness(io::Error::other(error)))?;
-    Ok(u64::from_ne_bytes(bytes))
+    Ok(bytes)
 }
 
 fn spawn_plane(
@@ -264,6 +269,14 @@ fn spawn_plane(
     let shared = Arc::clone(shared);
     let body = move || {
         runtime.block_on(async {
+            // Registering a timer that is the runtime's next one wakes its driver by a system call; with this one standing,
+            // a request's deadline never is.
+            let standing = tokio::spawn(async {
+                let mut tick = interval(STANDING_TIMER);
+                loop {
+                    tick.tick().await;
+                }
+            });
             tokio::select! {
                 served = accept::serve(listener, shared) => {
                     if let Err(error) = served {
@@ -273,6 +286,7 @@ fn spawn_plane(
                 // The sender's drop: time is up.
                 _dropped = stopped => {}
             }
+            standing.abort();
         });
         // Nobody is waiting if time was up.
         let _waited_for = end.send(());

@@ -13,7 +13,9 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::server::conn::{ServerConn, StatementId, UNNAMED_UNKNOWN, UnnamedOwner};
+use crate::server::conn::{
+    STATEMENT_PREFIX, ServerConn, StatementId, UNNAMED_UNKNOWN, UnnamedOwner,
+};
 use crate::wire::error_response::field;
 use crate::wire::frame::{HEADER, Header};
 use crate::wire::messages::{TxStatus, parameter_status, put_parameter_status};
@@ -46,6 +48,10 @@ pub(crate) struct Exchange {
     pub(crate) error: Option<[u8; 5]>,
     /// The last CommandComplete tag's first bytes.
     pub(crate) tag: CommandTag,
+    /// CommandCompletes.
+    pub(crate) commands: usize,
+    /// The body of an ErrorResponse that names a statement as the server knows it; for the session to put right.
+    pub(crate) misnamed: Vec<u8>,
     /// The server reported a parameter.
     pub(crate) parameters_changed: bool,
     /// The error was FATAL: the server's last words.
@@ -87,7 +93,7 @@ pub(crate) enum Expected {
     OursParsed(StatementId),
     OursParsedUnnamed(UnnamedOwner),
     OursOther,
-    OursClosed,
+    OursClosed(Option<StatementId>),
 }
 
 impl Expected {
@@ -97,7 +103,7 @@ impl Expected {
             Self::OursParsed(_)
             | Self::OursParsedUnnamed(_)
             | Self::OursOther
-            | Self::OursClosed => true,
+            | Self::OursClosed(_) => true,
         }
     }
 }
@@ -113,6 +119,16 @@ impl CommandTag {
             .zip(body.iter().take_while(|&&byte| byte != 0))
             .for_each(|(to, from)| *to = *from);
         Self(tag)
+    }
+
+    /// The command alone: a tag may go on with counts.
+    pub(crate) fn command(&self) -> &[u8] {
+        let end = self
+            .0
+            .iter()
+            .position(|&byte| byte == 0 || byte == b' ')
+            .unwrap_or(self.0.len());
+        self.0.get(..end).unwrap_or_default()
     }
 
     pub(crate) fn is(self, command: &str) -> bool {
@@ -136,6 +152,8 @@ pub(crate) enum Pause {
     Ready(TxStatus),
     /// The request is open and the client's input holds a frame (or the beginning of a large one).
     ClientSpeaks,
+    /// An ErrorResponse waits in `misnamed`; it goes to the client next.
+    Misnamed,
     /// A held response was a refusal, read to its end and discarded; nothing reached the client.
     Refused,
 }
@@ -153,6 +171,16 @@ pub(crate) enum RelayError {
 }
 
 impl Exchange {
+    /// All that ran was one INSERT, UPDATE, DELETE or COPY.
+    pub(crate) fn ran_one_plain_command(&self) -> bool {
+        self.error.is_none()
+            && self.commands == 1
+            && matches!(
+                self.tag.command(),
+                b"INSERT" | b"UPDATE" | b"DELETE" | b"COPY"
+            )
+    }
+
     /// The client needs no word of ours on why the server is gone: it had the server's, or is in the middle of a message
     /// that will never end.
     pub(crate) fn said_farewell(&self) -> bool {
@@ -204,6 +232,9 @@ impl Exchange {
                     continue;
                 }
                 // A server that answered before it had read all (an error in a COPY) still reads the frame to its end.
+                if !self.misnamed.is_empty() {
+                    return Poll::Ready(Ok(Pause::Misnamed));
+                }
                 if let Some(status) = self.ready
                     && self.upload == 0
                 {
@@ -326,7 +357,7 @@ impl Exchange {
 
     /// Walks the frames the server has sent, clearing them for the client or swallowing them.
     fn scan(&mut self, server: &mut ServerConn) -> Result<Scanned, RelayError> {
-        while self.ready.is_none() {
+        while self.ready.is_none() && self.misnamed.is_empty() {
             let scanned = self.forward + self.held;
             let rest = server
                 .stream
@@ -380,7 +411,9 @@ impl Exchange {
         let answer = matches!(header.tag, b'1' | b'3')
             .then(|| self.expected.front().copied())
             .flatten();
+        let misnamed = header.tag == b'E' && names_a_statement(bytes_of(server, header, scanned));
         let swallow = self.refusing
+            || misnamed
             || header.tag == b'A'
             || answer.is_some_and(Expected::is_ours)
             || header.tag == b'Z' && self.keep_ready;
@@ -423,10 +456,16 @@ impl Exchange {
                     // Dropped, or still somebody's: nobody may take it for theirs.
                     server.unnamed = Some(UNNAMED_UNKNOWN);
                 }
+                if misnamed {
+                    // Duplicate, or unknown: the books are wrong. Other errors only speak of it.
+                    server.unfit |= matches!(&code, b"42P05" | b"26000");
+                    self.misnamed = body.to_vec();
+                }
                 self.farewell |= matches!(field(body, b'V'), Some(b"FATAL" | b"PANIC"));
                 self.expected.clear();
                 self.error.get_or_insert(code);
                 if self.hold && is_refusal(&code) {
+                    self.misnamed.clear();
                     self.refusing = true;
                     self.hold = false;
                     let discarded = std::mem::take(&mut self.held) + header.whole;
@@ -449,7 +488,10 @@ impl Exchange {
                     self.parameters_changed = true;
                 }
             }
-            b'C' => self.tag = CommandTag::of(body),
+            b'C' => {
+                self.tag = CommandTag::of(body);
+                self.commands += 1;
+            }
             b'G' => {
                 // A Sync that came before the data is ignored by a server in COPY; the one after it counts.
                 self.phase = Phase::CopyIn {
@@ -586,6 +628,19 @@ pub(crate) fn holds_a_message(bytes: &[u8]) -> bool {
     }
 }
 
+fn bytes_of(server: &ServerConn, header: Header, at: usize) -> &[u8] {
+    server
+        .stream
+        .input
+        .bytes()
+        .get(at + HEADER..at + header.whole)
+        .unwrap_or_default()
+}
+
+fn names_a_statement(body: &[u8]) -> bool {
+    memchr::memmem::find(body, STATEMENT_PREFIX.as_bytes()).is_some()
+}
+
 fn gone(why: &'static str) -> RelayError {
     RelayError::ClientGone(io::Error::new(io::ErrorKind::UnexpectedEof, why))
 }
@@ -596,8 +651,8 @@ fn confirm(server: &mut ServerConn, answer: Expected) {
         Expected::ParsedUnnamed(owner) | Expected::OursParsedUnnamed(owner) => {
             server.unnamed = Some(owner)
         }
-        Expected::Closed(Some(id)) => server.statements.remove(id),
-        Expected::Closed(None) | Expected::OursOther | Expected::OursClosed => {}
+        Expected::Closed(Some(id)) | Expected::OursClosed(Some(id)) => server.statements.remove(id),
+        Expected::Closed(None) | Expected::OursOther | Expected::OursClosed(None) => {}
     }
 }
 

@@ -13,13 +13,12 @@ use crate::client::request::frames;
 use crate::relay::Expected;
 use crate::server::conn::{STATEMENT_PREFIX, ServerConn, StatementId, UnnamedOwner};
 use crate::wire::frame::{HEADER, Header};
-use crate::wire::messages::{
-    Bind, Parse, Target, put_cstr, put_frame, put_parse, put_statement_target,
-};
+use crate::wire::messages::{Bind, Parse, Target, put_cstr, put_parse, put_statement_target};
 
 /// A text some client has prepared.
 pub(super) struct Statement {
     id: StatementId,
+    server_name: Box<[u8]>,
     text: Box<[u8]>,
     /// Parameter types as sent in the Parse.
     types: Box<[u8]>,
@@ -36,14 +35,24 @@ struct Named {
 }
 
 /// Statements by text, across clients; forgets those no client has any more.
-#[derive(Default)]
 pub(crate) struct StatementRegistry {
+    process: u32,
     texts: Mutex<HashMap<u64, Vec<Weak<Statement>>>>,
     hasher: RandomState,
     next: AtomicU64,
 }
 
 impl StatementRegistry {
+    /// `process` is random: it keeps this proxy's names apart from everybody's.
+    pub(crate) fn new(process: u32) -> Self {
+        Self {
+            process,
+            texts: Mutex::default(),
+            hasher: RandomState::new(),
+            next: AtomicU64::new(0),
+        }
+    }
+
     fn has_proven(&self, parse: &Parse<'_>) -> bool {
         let hash = self.hasher.hash_one((parse.text, parse.types));
         let texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -69,8 +78,14 @@ impl StatementRegistry {
             return known;
         }
         alike.retain(|statement| statement.strong_count() > 0);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = StatementId {
+            process: self.process,
+            number,
+        };
         let statement = Arc::new(Statement {
-            id: StatementId(self.next.fetch_add(1, Ordering::Relaxed)),
+            id,
+            server_name: id.server_name().into(),
             text: parse.text.into(),
             types: parse.types.into(),
             analysis: Arc::clone(analysis),
@@ -262,7 +277,7 @@ impl Prepared {
     ) -> Translated {
         for name in std::mem::take(&mut server.to_close) {
             put_statement_target(&mut server.stream.output, b'C', &name);
-            expected.push_back(Expected::OursClosed);
+            expected.push_back(Expected::OursClosed(None));
         }
         let plain = huge.is_none() && self.passes_as_it_is(batch, server);
         let mut analyses = analyses.iter();
@@ -386,20 +401,9 @@ impl Prepared {
             return step.pass();
         }
         let statement = registry.intern(parse, analysis);
-        let id = statement.id;
-        if step.server.statements.knows(id) {
-            // A client that prepares anew wants the text planned anew: a table may have changed.
-            put_statement_target(&mut step.server.stream.output, b'C', &id.server_name());
-            step.expected.push_back(Expected::OursClosed);
-            step.server.statements.remove(id);
-        }
-        put_frame(&mut step.server.stream.output, b'P', |out| {
-            id.put_name(out);
-            out.push(0);
-            put_cstr(out, parse.text);
-            out.extend_from_slice(parse.types);
-        });
-        step.expected.push_back(Expected::Parsed(id));
+        // A client that prepares anew wants the text planned anew: a table may have changed.
+        step.put_parse(&statement);
+        step.expected.push_back(Expected::Parsed(statement.id));
         let named = Named {
             statement,
             deferred: false,
@@ -413,21 +417,20 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        match self.named.get_mut(bind.statement) {
-            Some(named) => step.bring(named),
-            None if !bind.statement.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
-            None => {}
-        }
-        let name = self.server_name(bind.statement);
+        let Some(named) = self.named.get_mut(bind.statement) else {
+            return step.pass();
+        };
+        step.bring(named);
+        let name = &named.statement.server_name;
         // The new name is longer or shorter than the old one; a huge message's length changes by the same.
-        let whole = step.header.whole - bind.statement.len() + name.len();
+        let whole = (step.header.whole + name.len()).saturating_sub(bind.statement.len());
         let here = HEADER + bind.portal.len() + name.len() + 2 + bind.rest.len();
         let out = &mut step.server.stream.output;
         out.reserve(here);
         out.push(b'B');
         out.extend_from_slice(&u32::try_from(whole - 1).unwrap_or(u32::MAX).to_be_bytes());
         put_cstr(out, bind.portal);
-        put_cstr(out, &name);
+        put_cstr(out, name);
         out.extend_from_slice(bind.rest);
     }
 
@@ -452,24 +455,52 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        match self.named.get_mut(target.name) {
-            Some(named) => step.bring(named),
-            None if !target.name.starts_with(STATEMENT_PREFIX.as_bytes()) => return step.pass(),
-            None => {}
-        }
+        let Some(named) = self.named.get_mut(target.name) else {
+            return step.pass();
+        };
+        step.bring(named);
         put_statement_target(
             &mut step.server.stream.output,
             b'D',
-            &self.server_name(target.name),
+            &named.statement.server_name,
         );
     }
 
-    fn server_name(&self, name: &[u8]) -> Vec<u8> {
-        match self.named.get(name) {
-            Some(named) => named.statement.id.server_name(),
-            // A name like ours that is not the client's: it must not meet one of ours.
-            None => [name, b" "].concat(),
+    /// The client's name for the statement that servers call `server_name`.
+    fn client_name(&self, server_name: &[u8]) -> Option<&[u8]> {
+        let mut names = self.named.iter();
+        names
+            .find(|(_, named)| *named.statement.server_name == *server_name)
+            .map(|(name, _)| name.as_ref())
+    }
+
+    /// An error's body with the client's names in place of the servers'.
+    pub(super) fn in_clients_words(&self, body: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(body.len());
+        let mut rest = body;
+        while let Some(at) = memchr::memmem::find(rest, STATEMENT_PREFIX.as_bytes()) {
+            let (before, from) = rest.split_at(at);
+            let end = from
+                .iter()
+                .position(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_')
+                .unwrap_or(from.len());
+            let (name, after) = from.split_at(end);
+            out.extend_from_slice(before);
+            out.extend_from_slice(self.client_name(name).unwrap_or(name));
+            rest = after;
         }
+        out.extend_from_slice(rest);
+        out
+    }
+
+    /// The text and parameter types of the statement `name`.
+    pub(super) fn text(&self, name: &[u8]) -> Option<(&[u8], &[u8])> {
+        self.named.get(name).map(|named| {
+            (
+                named.statement.text.as_ref(),
+                named.statement.types.as_ref(),
+            )
+        })
     }
 
     /// Makes sure that the server's unnamed statement is this client's, or is none if it has none.
@@ -487,30 +518,9 @@ impl Prepared {
             Some(_) | None => {
                 put_statement_target(&mut step.server.stream.output, b'C', b"");
                 step.server.unnamed = None;
-                step.expected.push_back(Expected::OursClosed);
+                step.expected.push_back(Expected::OursClosed(None));
             }
         }
-    }
-
-    /// SQL's EXECUTE or DEALLOCATE of a statement prepared by message: gives it to the server under the client's own
-    /// name, ahead of the Query that names it.
-    pub(super) fn lend(
-        &self,
-        name: &[u8],
-        server: &mut ServerConn,
-        expected: &mut std::collections::VecDeque<Expected>,
-    ) {
-        let Some(Named { statement, .. }) = self.named.get(name) else {
-            return;
-        };
-        put_parse(
-            &mut server.stream.output,
-            name,
-            &statement.text,
-            &statement.types,
-        );
-        expected.push_back(Expected::OursOther);
-        server.to_close.push(name.to_vec());
     }
 }
 
@@ -531,30 +541,33 @@ impl Step<'_> {
         }
     }
 
-    /// Sends a statement ahead if the server lacks it.
+    /// Sends a statement ahead if the server lacks it, or if its Parse is still owed.
     fn bring(&mut self, named: &mut Named) {
         let statement = &named.statement;
-        if std::mem::take(&mut named.deferred) && self.server.statements.knows(statement.id) {
-            let name = statement.id.server_name();
-            put_statement_target(&mut self.server.stream.output, b'C', &name);
-            self.expected.push_back(Expected::OursClosed);
-            self.server.statements.remove(statement.id);
-        }
+        let owed = std::mem::take(&mut named.deferred);
         let underway = [
             Expected::Parsed(statement.id),
             Expected::OursParsed(statement.id),
         ];
-        if self.server.statements.knows(statement.id)
-            || self.expected.iter().any(|answer| underway.contains(answer))
-        {
+        let known = self.server.statements.knows(statement.id) && !owed;
+        if known || self.expected.iter().any(|answer| underway.contains(answer)) {
             return;
         }
+        self.put_parse(statement);
+        self.expected.push_back(Expected::OursParsed(statement.id));
+    }
+
+    /// A Parse under the server's name, whatever the server holds under it: closing what is not there is no error.
+    fn put_parse(&mut self, statement: &Statement) {
+        let out = &mut self.server.stream.output;
+        put_statement_target(out, b'C', &statement.server_name);
+        self.expected
+            .push_back(Expected::OursClosed(Some(statement.id)));
         put_parse(
-            &mut self.server.stream.output,
-            &statement.id.server_name(),
+            out,
+            &statement.server_name,
             &statement.text,
             &statement.types,
         );
-        self.expected.push_back(Expected::OursParsed(statement.id));
     }
 }

@@ -28,7 +28,7 @@ use crate::route::{self, Plan, SessionView, Subscription};
 use crate::server::parameters::{Opening, Reported};
 use crate::wire::error_response::{ErrorResponse, field};
 use crate::wire::frame::{self, FrameError, Header};
-use crate::wire::messages::{TxStatus, put_parameter_status, put_ready, query_text};
+use crate::wire::messages::{TxStatus, put_frame, put_parameter_status, put_ready, query_text};
 use crate::wire::stream::Stream;
 
 /// A server whose client has left is given this long to roll back before it is closed.
@@ -54,6 +54,10 @@ pub(super) struct Session {
     grouping: Grouping,
     exchange: Exchange,
     lease: Option<Checkout>,
+    /// Statements the server holds under this client's own names, for the SQL of this request.
+    lent: Vec<Vec<u8>>,
+    /// Binds of the request under way.
+    bound: usize,
     /// This client's pools, by upstream, as it came to need them.
     pools: Vec<Option<Arc<Pool>>>,
     subscriber: Option<Subscriber>,
@@ -105,6 +109,8 @@ impl Session {
             grouping: Grouping::default(),
             exchange: Exchange::default(),
             lease: None,
+            lent: Vec::new(),
+            bound: 0,
             pools: Vec::new(),
             subscriber: None,
             skip_to_sync: false,
@@ -378,19 +384,10 @@ impl Session {
         }
         self.exchange.begin(false, Phase::Closed);
         self.prepared.forget_unnamed();
+        self.make_ready_for(&analysis.effects).await?;
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        for effect in &analysis.effects {
-            match effect {
-                Effect::Execute(name) | Effect::Deallocate(name) => {
-                    self.prepared
-                        .lend(name.as_bytes(), lease, &mut self.exchange.expected);
-                }
-                Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
-                _ => {}
-            }
-        }
         lease.unnamed = None;
         match source {
             Source::Input => self.exchange.upload = whole,
@@ -401,8 +398,38 @@ impl Session {
         self.exchange.keep_ready = self.keeps_ready(&analysis.effects);
         self.shared.counters.to_primary.inc();
         let status = self.relay_to_ready().await?;
+        if whole > frame::HELD_MAX && !self.exchange.ran_one_plain_command() {
+            // Only its beginning was looked at.
+            let effects = [analysis.effects.as_slice(), &[Effect::Unfollowed]].concat();
+            return self
+                .finish(&effects, analysis.statements, before, status)
+                .await;
+        }
         self.finish(&analysis.effects, analysis.statements, before, status)
             .await
+    }
+
+    /// What some statements need before they run: a database without our idle servers in it; statements prepared by
+    /// message under the names that SQL calls them by.
+    async fn make_ready_for(&mut self, effects: &[Effect]) -> Result<(), SessionError> {
+        for effect in effects {
+            match effect {
+                Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
+                Effect::Execute(name) | Effect::Deallocate(name) => {
+                    let (Some((text, types)), Some(lease)) =
+                        (self.prepared.text(name.as_bytes()), self.lease.as_mut())
+                    else {
+                        continue;
+                    };
+                    let lent = reset::lend_statement(lease, name.as_bytes(), text, types).await;
+                    if lent.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))? {
+                        self.lent.push(name.as_bytes().to_vec());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
@@ -479,11 +506,9 @@ impl Session {
             return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
         }
         self.shared.counters.to_primary.inc();
-        for effect in self.survey.effects() {
-            if let Effect::NeedsDatabaseAlone(database) = effect {
-                shared.pools.leave_database(database);
-            }
-        }
+        let announced: Vec<_> = self.survey.effects().cloned().collect();
+        self.make_ready_for(&announced).await?;
+        self.bound = 0;
         self.exchange.begin(true, Phase::Open);
         let before = self.tx();
         let mut effects = Vec::new();
@@ -492,11 +517,13 @@ impl Session {
             match self.relay().await? {
                 Pause::Ready(status) => break status,
                 Pause::ClientSpeaks => self.put_more(&mut effects).await?,
-                Pause::Refused => return Err(SessionError::Relay(RelayError::ServerMalformed)),
+                Pause::Refused | Pause::Misnamed => {
+                    return Err(SessionError::Relay(RelayError::ServerMalformed));
+                }
             }
         };
-        // Messages of one request form one implicit transaction.
-        self.finish(&effects, 1, before, status).await
+        self.finish(&effects, self.bound.max(1), before, status)
+            .await
     }
 
     /// The next messages of an open request.
@@ -519,14 +546,11 @@ impl Session {
                 if let Some(lease) = self.lease.as_mut() {
                     lease.unnamed = None;
                 }
+                // After an error the server ignores it up to the Sync, so the request stays open.
                 self.exchange.upload = header.whole;
-                self.exchange.phase = Phase::Closed;
             }
-            Unit::FunctionCall(header) => {
-                self.exchange.upload = header.whole;
-                self.exchange.phase = Phase::Closed;
-            }
-            Unit::Stray(header) => self.skip(header.whole).await?,
+            // Data for a COPY may come before the server has asked for it; the server ignores what it does not want.
+            Unit::FunctionCall(header) | Unit::Stray(header) => self.exchange.upload = header.whole,
             Unit::Terminate => {
                 return Err(SessionError::ClientGone(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
@@ -542,6 +566,7 @@ impl Session {
     /// Hands a batch to the server: its own messages, or what they become there.
     fn put_batch(&mut self, source: Source, len: usize, end: BatchEnd, effects: &mut Vec<Effect>) {
         effects.extend(self.survey.effects().cloned());
+        self.bound += self.survey.bound.len();
         self.exchange.keep_ready |= self.keeps_ready(effects);
         let Some(lease) = self.lease.as_mut() else {
             return;
@@ -610,6 +635,13 @@ impl Session {
         after: TxStatus,
     ) -> Result<(), SessionError> {
         self.prepared.settle(self.exchange.confirmed);
+        if !self.lent.is_empty()
+            && let Some(lease) = self.lease.as_mut()
+        {
+            let closed = reset::close_statements(lease, &self.lent).await;
+            closed.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))?;
+            self.lent.clear();
+        }
         let failed = self.exchange.error.is_some();
         if self.exchange.parameters_changed
             && let Some(lease) = &self.lease
@@ -617,6 +649,8 @@ impl Session {
             self.reported = lease.reported.clone();
         }
         let rolled_back = self.exchange.tag.is("ROLLBACK");
+        let chained =
+            after != TxStatus::Idle && before != TxStatus::Idle && self.exchange.tag.is("COMMIT");
         let pins_before = self.state.pins;
         let consequences = self.state.request_ended(
             effects,
@@ -624,6 +658,7 @@ impl Session {
             Ending {
                 failed,
                 rolled_back,
+                chained,
                 before,
                 after,
             },
@@ -758,6 +793,14 @@ impl Session {
             return Err(SessionError::Relay(RelayError::ServerClosed));
         };
         match relay::run(&mut self.client, lease, &mut self.exchange).await {
+            Ok(Pause::Misnamed) => {
+                let body = std::mem::take(&mut self.exchange.misnamed);
+                let body = self.prepared.in_clients_words(&body);
+                put_frame(&mut self.client.output, b'E', |out| {
+                    out.extend_from_slice(&body)
+                });
+                Box::pin(self.relay()).await
+            }
             Ok(pause) => Ok(pause),
             // Its last words, if any, have been passed on; a half-sent frame can only be cut off.
             Err(RelayError::Server(_) | RelayError::ServerClosed)
@@ -773,7 +816,9 @@ impl Session {
         match self.relay().await? {
             Pause::Ready(status) => Ok(status),
             Pause::ClientSpeaks => Err(SessionError::Frame(FrameError::Length)),
-            Pause::Refused => Err(SessionError::Relay(RelayError::ServerMalformed)),
+            Pause::Refused | Pause::Misnamed => {
+                Err(SessionError::Relay(RelayError::ServerMalformed))
+            }
         }
     }
 
@@ -850,7 +895,7 @@ impl Session {
                 self.leave_refusing_replica().await;
                 Ok(false)
             }
-            Pause::ClientSpeaks => Err(SessionError::Frame(FrameError::Length)),
+            Pause::ClientSpeaks | Pause::Misnamed => Err(SessionError::Frame(FrameError::Length)),
         }
     }
 
@@ -882,6 +927,7 @@ impl Session {
                     self.take_survey(Source::Kept, self.kept.len(), end);
                     return self.run_extended(Source::Kept, self.kept.len(), end).await;
                 }
+                Pause::Misnamed => return Err(SessionError::Relay(RelayError::ServerMalformed)),
                 Pause::ClientSpeaks => {
                     let unit = self.grouping.next_open(self.client.input.bytes())?;
                     let Unit::Batch { len, end: next } = unit else {

@@ -68,6 +68,8 @@ pub(crate) struct Ending {
     pub(crate) failed: bool,
     /// The last command was a rollback, asked for or forced.
     pub(crate) rolled_back: bool,
+    /// The last command was COMMIT AND CHAIN: committed, and in a transaction again.
+    pub(crate) chained: bool,
     pub(crate) before: TxStatus,
     pub(crate) after: TxStatus,
 }
@@ -128,10 +130,20 @@ impl State {
         ending: Ending,
     ) -> Consequences {
         let mut consequences = Consequences::default();
-        // Several statements, some of which may have taken effect before one failed (a COMMIT among them).
-        let unclear = ending.failed && statements > 1 && effects.iter().any(leaves_a_trace);
-        if unclear {
+        // Several statements, one of which failed, or which begin and end transactions among themselves: what of them holds
+        // cannot be told from how the request ended.
+        let several = statements > 1 || effects.len() > 1;
+        let mixed = several && effects.contains(&Effect::Transaction);
+        let traces = effects.iter().chain(&self.uncommitted).any(leaves_a_trace);
+        if (ending.failed && several || mixed) && traces {
             self.pins.insert(PinReason::Unfollowed);
+        }
+        if ending.failed
+            && effects
+                .iter()
+                .any(|e| matches!(e, Effect::DeallocateAll | Effect::DiscardAll))
+        {
+            consequences.deallocated_all = true;
         }
         for effect in effects {
             // These outlive a rollback, and a failure in the same statement.
@@ -187,6 +199,9 @@ impl State {
             if !lost {
                 self.commit(&mut consequences);
             }
+        } else if ending.chained {
+            self.commit(&mut consequences);
+            self.uncommitted.clear();
         }
         consequences
     }
@@ -235,7 +250,13 @@ fn leaves_a_trace(effect: &Effect) -> bool {
             | Effect::Reset(_)
             | Effect::ResetAll
             | Effect::DiscardAll
+            | Effect::DiscardOther
             | Effect::SetConfig
+            | Effect::TempObject
+            | Effect::DeclareHold
+            | Effect::Prepare(_)
+            | Effect::Deallocate(_)
+            | Effect::DeallocateAll
     )
 }
 
@@ -254,6 +275,7 @@ mod tests {
         Ending {
             failed,
             rolled_back,
+            chained: false,
             before,
             after,
         }

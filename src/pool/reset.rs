@@ -10,7 +10,9 @@ use crate::server::conn::ServerConn;
 use crate::server::settings::Settings;
 use crate::wire::error_response::field;
 use crate::wire::frame;
-use crate::wire::messages::{TxStatus, parameter_status, put_empty, put_query};
+use crate::wire::messages::{
+    TxStatus, parameter_status, put_empty, put_parse, put_query, put_statement_target,
+};
 
 /// Proof that a server may be shared: no transaction, nothing in flight, nothing unread.
 pub(crate) struct Clean(());
@@ -27,7 +29,8 @@ pub(crate) enum ResetError {
 const FRAME_MAX: usize = 1024 * 1024;
 
 pub(crate) fn prove(server: &ServerConn) -> Option<Clean> {
-    let quiet = server.tx == TxStatus::Idle && !server.in_flight && !server.stream.at_eof;
+    let quiet =
+        server.tx == TxStatus::Idle && !server.in_flight && !server.stream.at_eof && !server.unfit;
     (quiet && server.stream.input.is_empty() && server.stream.output.is_empty())
         .then_some(Clean(()))
 }
@@ -63,8 +66,36 @@ pub(crate) fn forget_settings_but(server: &mut ServerConn, settings: &Settings) 
 /// Ends an extended request that ran nothing: a Sync, and all up to its ReadyForQuery is dropped.
 pub(crate) async fn sync(server: &mut ServerConn) -> Result<(), ResetError> {
     put_empty(&mut server.stream.output, b'S');
+    server.in_flight = true;
     server.stream.flush().await?;
     to_ready(server).await.map(drop)
+}
+
+/// Prepares a text under a client's own name, for SQL that names it. `false`: Postgres refused, and nothing has changed.
+pub(crate) async fn lend_statement(
+    server: &mut ServerConn,
+    name: &[u8],
+    text: &[u8],
+    types: &[u8],
+) -> Result<bool, ResetError> {
+    put_statement_target(&mut server.stream.output, b'C', name);
+    put_parse(&mut server.stream.output, name, text, types);
+    match sync(server).await {
+        Ok(()) => Ok(true),
+        Err(ResetError::Refused(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes lent statements away again.
+pub(crate) async fn close_statements(
+    server: &mut ServerConn,
+    names: &[Vec<u8>],
+) -> Result<(), ResetError> {
+    for name in names {
+        put_statement_target(&mut server.stream.output, b'C', name);
+    }
+    sync(server).await
 }
 
 /// Runs one statement of ours and returns the first column of its rows.

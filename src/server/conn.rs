@@ -1,7 +1,6 @@
 //! One open connection to Postgres and what is known of its session. Moves no messages; `relay` and `pool/reset.rs` do.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -11,23 +10,20 @@ use super::settings::Settings;
 use crate::wire::messages::TxStatus;
 use crate::wire::stream::Stream;
 
-/// Names a prepared statement on servers: `flowgate_<number>`, one number per distinct text and parameter types.
+/// Names a prepared statement on servers: `flowgate_<process>_<number>`, one number per distinct text and parameter types,
+/// a random process number per proxy, so that no client and no other proxy meets it by chance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct StatementId(pub(crate) u64);
+pub(crate) struct StatementId {
+    pub(crate) process: u32,
+    pub(crate) number: u64,
+}
 
 /// What names of prepared statements on servers begin with.
 pub(crate) const STATEMENT_PREFIX: &str = "flowgate_";
 
 impl StatementId {
     pub(crate) fn server_name(self) -> Vec<u8> {
-        let mut name = Vec::new();
-        self.put_name(&mut name);
-        name
-    }
-
-    /// Appends the name, without its terminator.
-    pub(crate) fn put_name(self, out: &mut Vec<u8>) {
-        write!(out, "{STATEMENT_PREFIX}{:x}", self.0).expect("writing to a Vec cannot fail");
+        format!("{STATEMENT_PREFIX}{:08x}_{:x}", self.process, self.number).into_bytes()
     }
 }
 
@@ -60,6 +56,8 @@ pub(crate) struct ServerConn {
     /// Names of statements to be closed with the next extended request.
     pub(crate) to_close: Vec<Vec<u8>>,
     pub(crate) unnamed: Option<UnnamedOwner>,
+    /// Our books and the server's differ: not to be used again.
+    pub(crate) unfit: bool,
     pub(crate) opened_at: Instant,
     pub(crate) idle_since: Instant,
 }
@@ -123,14 +121,18 @@ impl Statements {
 mod tests {
     use super::*;
 
+    fn id(number: u64) -> StatementId {
+        StatementId { process: 1, number }
+    }
+
     #[test]
     fn the_least_recently_wanted_statement_goes_first() {
         let mut statements = Statements::default();
         for number in 0..STATEMENTS_MAX as u64 {
-            assert_eq!(statements.insert(StatementId(number)), None);
+            assert_eq!(statements.insert(id(number)), None);
         }
-        assert!(statements.knows(StatementId(0)));
-        assert_eq!(statements.insert(StatementId(9_999)), Some(StatementId(1)));
-        assert!(!statements.knows(StatementId(1)));
+        assert!(statements.knows(id(0)));
+        assert_eq!(statements.insert(id(9_999)), Some(id(1)));
+        assert!(!statements.knows(id(1)));
     }
 }

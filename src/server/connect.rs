@@ -153,6 +153,7 @@ impl Connector {
             statements: Statements::default(),
             to_close: Vec::new(),
             unnamed: None,
+            unfit: false,
             opened_at: now,
             idle_since: now,
         })

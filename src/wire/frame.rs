@@ -68,7 +68,7 @@ impl Header {
     /// Bytes that must be there before a client's message can be acted on: all of it, or the part of a huge one that
     /// holds its names; the rest is streamed.
     pub(crate) fn window(self) -> usize {
-        if self.whole <= WHOLE_MAX {
+        if self.whole <= HELD_MAX {
             self.whole
         } else {
             PREFIX
@@ -76,12 +76,12 @@ impl Header {
     }
 
     pub(crate) fn is_huge(self) -> bool {
-        self.whole > WHOLE_MAX
+        self.whole > HELD_MAX
     }
 }
 
 /// Messages up to this size are held whole before anything is done with them.
-const WHOLE_MAX: usize = 1024 * 1024;
+pub(crate) const HELD_MAX: usize = 1024 * 1024;
 /// What is read of a larger one before it is streamed.
 const PREFIX: usize = 64 * 1024;
 
