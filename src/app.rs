@@ -287,14 +287,14 @@ fn spawn_plane(
                     if let Err(error) = served {
                         warn!(%error, "a data-plane thread cannot accept");
                     }
+                    // Nobody is waiting if the proxy is being dropped.
+                    let _waited_for = end.send(());
+                    // Other threads may still use servers whose sockets this runtime drives.
+                    drop((&mut stopped).await);
                 }
                 // The sender's drop: time is up.
                 _dropped = &mut stopped => {}
             }
-            // Nobody is waiting if time was up.
-            let _waited_for = end.send(());
-            // Other threads may still use servers whose sockets this runtime drives.
-            drop(stopped.await);
             standing.abort();
         });
     };
