@@ -8,8 +8,10 @@
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
+mod events;
 mod hostile;
 mod protocol;
+mod reads;
 mod schema;
 mod session;
 mod support;
