@@ -5,10 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Asks `condition` until it says yes; fails the test, naming `what`, after `deadline`.
-pub(crate) async fn wait_until<F: Future<Output = bool>>(
+pub(crate) async fn wait_until(
     what: &str,
     deadline: Duration,
-    mut condition: impl FnMut() -> F,
+    mut condition: impl AsyncFnMut() -> bool,
 ) {
     let started = Instant::now();
     while !condition().await {
