@@ -282,19 +282,22 @@ fn spawn_plane(
                     tick.tick().await;
                 }
             });
-            tokio::select! {
+            let time_is_up = tokio::select! {
                 served = accept::serve(listener, shared) => {
                     if let Err(error) = served {
                         warn!(%error, "a data-plane thread cannot accept");
                     }
+                    false
                 }
-                // The sender's drop: time is up.
-                _dropped = &mut stopped => {}
-            }
+                // The sender's drop.
+                _dropped = &mut stopped => true,
+            };
             // Nobody is waiting if time was up.
             let _waited_for = end.send(());
             // Other threads may still use servers whose sockets this runtime drives.
-            drop(stopped.await);
+            if !time_is_up {
+                drop(stopped.await);
+            }
             standing.abort();
         });
     };
