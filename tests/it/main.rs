@@ -5,6 +5,7 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod auth;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
