@@ -5,11 +5,14 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod auth;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
+mod events;
 mod hostile;
 mod protocol;
+mod reads;
 mod schema;
 mod session;
 mod support;
