@@ -75,18 +75,18 @@ fn tell_routes(screen: &mut Screen, routes: &[(String, u64)]) -> Result<(), Demo
     let mut lines = Vec::new();
     for (to, count) in routes {
         let what = match to.as_str() {
-            "primary" => "writes: the worker's polls, starts and completions; define, start",
-            "replica" => "the reader's get_run_with_states, fresh enough for what it had seen",
+            "primary" => "the worker's polls, starts and completions; define, start",
+            "replica" => "get_run_with_states, when fresh enough for what was written before",
             "flowgate" => "answered by the proxy itself: LISTEN",
             _kept if *count == 0 => continue,
-            _kept => "",
+            kept => {
+                let part = format!("{:>17}  of the primary's: {kept}", grouped(*count));
+                lines.push(screen.paint(Paint::Dim, &part));
+                continue;
+            }
         };
-        let count = grouped(*count);
-        lines.push(
-            format!("{to:<9} {count:>7}  {}", screen.paint(Paint::Dim, what))
-                .trim_end()
-                .to_owned(),
-        );
+        let what = screen.paint(Paint::Dim, what);
+        lines.push(format!("{to:<9} {:>7}  {what}", grouped(*count)));
     }
     let read = routes
         .iter()
