@@ -141,7 +141,8 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         hubs: Arc::clone(&hubs),
         freshness,
         upstreams,
-        runs: RunTokens::new(Instant::now()),
+        runs: Arc::new(RunTokens::new(Instant::now())),
+        started: Instant::now(),
         route: RouteSettings {
             reads: config.route.reads,
             consistency: config.route.consistency,
@@ -203,6 +204,7 @@ impl App {
         // Nobody may be watching any more.
         self.running.send_replace(Running::Draining);
         let deadline = Instant::now() + self.drain_timeout;
+        let mut threads = Vec::new();
         for mut plane in self.planes {
             if timeout_at(deadline, &mut plane.ended).await.is_err() {
                 warn!("drain timeout: clients with open transactions are told to go");
@@ -211,8 +213,11 @@ impl App {
                     warn!("clients that did not take their farewell are cut off");
                 }
             }
-            drop(plane.stop);
-            let joined = tokio::task::spawn_blocking(move || plane.thread.join()).await;
+            threads.push((plane.stop, plane.thread));
+        }
+        for (stop, thread) in threads {
+            drop(stop);
+            let joined = tokio::task::spawn_blocking(move || thread.join()).await;
             if !matches!(joined, Ok(Ok(()))) {
                 warn!("bug: a data-plane thread panicked");
             }
@@ -264,7 +269,7 @@ fn spawn_plane(
         .enable_all()
         .build()
         .map_err(AppError::Thread)?;
-    let (stop, stopped) = oneshot::channel::<()>();
+    let (stop, mut stopped) = oneshot::channel::<()>();
     let (end, ended) = oneshot::channel();
     let shared = Arc::clone(shared);
     let body = move || {
@@ -284,12 +289,14 @@ fn spawn_plane(
                     }
                 }
                 // The sender's drop: time is up.
-                _dropped = stopped => {}
+                _dropped = &mut stopped => {}
             }
+            // Nobody is waiting if time was up.
+            let _waited_for = end.send(());
+            // Other threads may still use servers whose sockets this runtime drives.
+            drop(stopped.await);
             standing.abort();
         });
-        // Nobody is waiting if time was up.
-        let _waited_for = end.send(());
     };
     let thread = std::thread::Builder::new()
         .name(format!("data-{at}"))

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ struct Registered {
 pub(crate) struct CancelSlot {
     held: Mutex<Held>,
     landed: Notify,
-    /// Rung when a cancel arrives while the client waits for a server.
+    /// A cancel has arrived while the client waits for a server; `Held::cancelled` says for which wait.
     rung: Notify,
 }
 
@@ -41,6 +42,8 @@ pub(crate) struct CancelSlot {
 struct Held {
     server: Option<Arc<ServerKey>>,
     waiting: bool,
+    /// The wait under way has been cancelled.
+    cancelled: bool,
     in_flight: u32,
 }
 
@@ -108,18 +111,20 @@ impl CancelSlot {
         }
     }
 
-    /// Resolves when a cancel arrives while the client waits for a server.
-    pub(crate) async fn cancelled_while_waiting(&self) {
-        lock(&self.held).waiting = true;
-        let _waiting = Waiting(self);
-        self.rung.notified().await;
+    /// Begins a wait for a server; cancels that arrive until it is dropped are this wait's.
+    pub(crate) fn wait(&self) -> Wait<'_> {
+        let mut held = lock(&self.held);
+        held.waiting = true;
+        held.cancelled = false;
+        Wait(self)
     }
 
     async fn cancel(&self) {
         let server = {
             let mut held = lock(&self.held);
             if held.waiting {
-                self.rung.notify_one();
+                held.cancelled = true;
+                self.rung.notify_waiters();
                 return;
             }
             let Some(server) = held.server.clone() else {
@@ -144,9 +149,25 @@ impl Drop for Landing<'_> {
     }
 }
 
-struct Waiting<'a>(&'a CancelSlot);
+/// A client's wait for a server.
+pub(crate) struct Wait<'a>(&'a CancelSlot);
 
-impl Drop for Waiting<'_> {
+impl Wait<'_> {
+    /// Resolves when this wait is cancelled.
+    pub(crate) async fn cancelled(&self) {
+        loop {
+            let mut rung = pin!(self.0.rung.notified());
+            // Enabled before looking, so that a cancel in between is not missed.
+            rung.as_mut().enable();
+            if lock(&self.0.held).cancelled {
+                return;
+            }
+            rung.await;
+        }
+    }
+}
+
+impl Drop for Wait<'_> {
     fn drop(&mut self) {
         lock(&self.0.held).waiting = false;
     }
@@ -189,13 +210,20 @@ mod tests {
     async fn a_waiting_client_is_cancelled_by_the_right_key_only() {
         let registry = Arc::new(CancelRegistry::default());
         let key = registry.issue(7, 4).unwrap();
-        let waiting = key.slot.cancelled_while_waiting();
+        let wait = key.slot.wait();
+        let waiting = wait.cancelled();
         tokio::pin!(waiting);
         assert!(futures_util::poll!(&mut waiting).is_pending());
         registry.cancel(7, &[0; 5]).await;
         registry.cancel(8, &key.secret).await;
         assert!(futures_util::poll!(&mut waiting).is_pending());
         registry.cancel(7, &key.secret).await;
+        registry.cancel(7, &key.secret).await;
         assert!(futures_util::poll!(&mut waiting).is_ready());
+        let next = key.slot.wait();
+        assert!(
+            futures_util::poll!(pin!(next.cancelled())).is_pending(),
+            "both cancels were the first wait's"
+        );
     }
 }

@@ -1,5 +1,6 @@
 //! `flowgate`: argv to one of the commands, nothing else.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -64,7 +65,7 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     let targets: Targets = filter.parse()?;
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false);
     tracing_subscriber::registry()
         .with(lines)

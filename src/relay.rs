@@ -271,7 +271,6 @@ impl Exchange {
         client: &mut Stream,
         server: &mut ServerConn,
     ) -> Result<(), RelayError> {
-        let mut wrote = !server.stream.output.is_empty();
         loop {
             let available = client.input.len().min(self.upload);
             let bytes = client.input.bytes().get(..available).unwrap_or_default();
@@ -280,7 +279,6 @@ impl Exchange {
                 Poll::Ready(Ok(count)) => {
                     client.input.consume(count);
                     self.upload -= count;
-                    wrote = true;
                 }
                 // The server may have said why it no longer reads; its words come first.
                 Poll::Ready(Err(error)) if server.stream.at_eof => {
@@ -294,7 +292,7 @@ impl Exchange {
                 Poll::Pending => return Ok(()),
             }
         }
-        if wrote && let Poll::Ready(Err(error)) = server.stream.poll_flush(cx) {
+        if let Poll::Ready(Err(error)) = server.stream.poll_flush(cx) {
             return Err(RelayError::Server(error));
         }
         Ok(())
@@ -307,7 +305,7 @@ impl Exchange {
         client: &mut Stream,
         server: &mut ServerConn,
     ) -> Result<Poll<()>, RelayError> {
-        if self.forward == 0 && client.output.is_empty() {
+        if self.forward == 0 && client.is_flushed() {
             return Ok(Poll::Ready(()));
         }
         loop {

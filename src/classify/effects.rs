@@ -340,11 +340,30 @@ fn inner(s: Words<'_>, at: usize) -> Option<Effect> {
                 | "pg_advisory_lock_shared"
                 | "pg_try_advisory_lock"
                 | "pg_try_advisory_lock_shared" => Some(Effect::AdvisorySession),
+                "setseed"
+                | "set_limit"
+                | "pg_backup_start"
+                | "pg_start_backup"
+                | "pg_create_logical_replication_slot"
+                | "pg_create_physical_replication_slot"
+                | "pg_copy_logical_replication_slot"
+                | "pg_copy_physical_replication_slot"
+                | "pg_replication_origin_session_setup" => Some(Effect::Unfollowed),
+                "pg_listening_channels" => Some(Effect::ListeningChannels),
                 "pg_advisory_unlock_all" => Some(Effect::AdvisoryUnlockAll),
                 "set_config" if sets_locally(s, at + 2) => Some(Effect::SetLocal),
                 "set_config" => Some(Effect::SetConfig),
                 _ => None,
             }
+        }
+        b'c' | b'C' | b'l' | b'L' if s.punct(at + 1, b'(') => {
+            let drawn = token.is_word(s.text, "currval") || token.is_word(s.text, "lastval");
+            drawn.then_some(Effect::SequenceValue)
+        }
+        b'd' | b'D' if s.punct(at + 1, b'(') => {
+            let name = token.name(s.text)?;
+            let connects = matches!(name.as_str(), "dblink_connect" | "dblink_connect_u");
+            connects.then_some(Effect::Unfollowed)
         }
         _ => None,
     }

@@ -162,6 +162,10 @@ pub(crate) enum Effect {
     Copy,
     /// BEGIN, COMMIT, SAVEPOINT and their kin, PREPARE TRANSACTION.
     Transaction,
+    /// Asks which channels the session listens to.
+    ListeningChannels,
+    /// Asks for a value the session drew from a sequence before: `currval`, `lastval`.
+    SequenceValue,
     /// DROP or ALTER DATABASE, or CREATE DATABASE from a template: nobody else may be connected to this one.
     NeedsDatabaseAlone(String),
     /// Does something to the session that can't be followed (a name in another encoding, a DO block that sets):
@@ -198,9 +202,17 @@ impl Classifier {
                 "advisory",
                 "temp",
                 "database",
+                "listening_channels",
+                "currval",
+                "lastval",
+                "setseed",
+                "pg_backup_start",
+                "replication_",
+                "set_limit",
+                "dblink",
                 "u&\"",
             ])
-            .expect("seven short patterns");
+            .expect("a few short patterns");
         let shared = |statements, effects: &[Effect]| {
             Arc::new(Analysis {
                 class: StatementClass::Other,

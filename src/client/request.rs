@@ -87,7 +87,7 @@ impl Grouping {
             }
             if header.is_huge() {
                 return Ok(Unit::Batch {
-                    len: bytes.len(),
+                    len: bytes.len().min(at + header.whole),
                     end: BatchEnd::Huge {
                         at,
                         whole: header.whole,

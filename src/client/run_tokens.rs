@@ -2,7 +2,7 @@
 //! through this proxy. Bounded; a forgotten run falls back to a floor that is never too low. (docs/design.md §6)
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -23,6 +23,9 @@ struct Tokens {
     everything: Token,
     /// For runs not in the map only.
     forgotten: Instant,
+    /// The latest of all runs' tokens, and the writes under way to any of them.
+    latest: Instant,
+    writing: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -33,8 +36,8 @@ struct Token {
 }
 
 /// A write under way; its end counts as the moment from which reads must see it.
-pub(crate) struct Writing<'a> {
-    tokens: &'a RunTokens,
+pub(crate) struct Writing {
+    tokens: Arc<RunTokens>,
     run: RunRef,
 }
 
@@ -47,6 +50,8 @@ impl RunTokens {
                 writing: 0,
             },
             forgotten: now,
+            latest: now,
+            writing: 0,
         };
         Self {
             state: Mutex::new(state),
@@ -54,52 +59,69 @@ impl RunTokens {
     }
 
     /// A write to `run` (a parameter already resolved; `All` where it is not known) is about to be sent.
-    pub(crate) fn writing(&self, run: RunRef) -> Writing<'_> {
+    pub(crate) fn writing(self: &Arc<Self>, run: RunRef) -> Writing {
         let mut state = self.lock();
         match run {
-            RunRef::Literal(id) => state.token(id).writing += 1,
+            RunRef::Literal(id) => {
+                state.token(id).writing += 1;
+                state.writing += 1;
+            }
             RunRef::Param(_) | RunRef::All => state.everything.writing += 1,
             RunRef::None => {}
         }
         drop(state);
-        Writing { tokens: self, run }
+        Writing {
+            tokens: Arc::clone(self),
+            run,
+        }
     }
 
-    /// From when on a read of `run` must be fresh; `None` while a write to it is under way.
-    pub(crate) fn since(&self, run: RunRef) -> Option<Instant> {
-        let state = self.lock();
-        let everything = state.everything;
-        let fit = |writing: u32, since: Instant| (writing == 0).then_some(since);
+    /// Somebody has been shown `run` as it is now (`All`: any run), or may have written to it.
+    pub(crate) fn seen(&self, run: RunRef) {
+        let now = Instant::now();
+        let mut state = self.lock();
         match run {
             RunRef::Literal(id) => {
-                let token = state.runs.get(&id).copied().unwrap_or(Token {
-                    since: state.forgotten,
-                    writing: 0,
-                });
-                fit(
-                    everything.writing + token.writing,
-                    everything.since.max(token.since),
-                )
+                state.token(id).since = now;
+                state.latest = now;
             }
-            RunRef::Param(_) | RunRef::All => {
-                let latest = state
-                    .runs
-                    .values()
-                    .map(|token| token.since)
-                    .max()
-                    .unwrap_or(state.forgotten);
-                let writing = state.runs.values().map(|token| token.writing).sum::<u32>();
-                fit(
-                    everything.writing + writing,
-                    everything.since.max(latest).max(state.forgotten),
-                )
-            }
-            RunRef::None => fit(everything.writing, everything.since),
+            RunRef::Param(_) | RunRef::All => state.everything.since = now,
+            RunRef::None => {}
+        }
+    }
+
+    /// From when on a read of `run` must be fresh. While a write is under way that is now: what anybody can have seen of
+    /// it was committed by now.
+    pub(crate) fn since(&self, run: RunRef) -> Instant {
+        let state = self.lock();
+        let (since, writing) = match run {
+            RunRef::Literal(id) => match state.runs.get(&id) {
+                Some(token) => (token.since, token.writing),
+                None => (state.forgotten, 0),
+            },
+            RunRef::Param(_) | RunRef::All => (state.latest, state.writing),
+            RunRef::None => (state.forgotten, 0),
+        };
+        if writing + state.everything.writing > 0 {
+            Instant::now()
+        } else {
+            since.max(state.everything.since)
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Tokens> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Writing {
+    /// The same transaction writes to `run`, too.
+    pub(crate) fn and(self, run: RunRef) -> Self {
+        if self.run == run {
+            self
+        } else {
+            self.tokens.writing(RunRef::All)
+        }
     }
 }
 
@@ -122,17 +144,24 @@ impl Tokens {
     }
 }
 
-impl Drop for Writing<'_> {
+impl Drop for Writing {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut state = self.tokens.lock();
-        let token = match self.run {
-            RunRef::Literal(id) => state.token(id),
-            RunRef::Param(_) | RunRef::All => &mut state.everything,
-            RunRef::None => return,
-        };
-        token.writing -= 1;
-        token.since = now;
+        match self.run {
+            RunRef::Literal(id) => {
+                let token = state.token(id);
+                token.writing -= 1;
+                token.since = now;
+                state.writing -= 1;
+                state.latest = now;
+            }
+            RunRef::Param(_) | RunRef::All => {
+                state.everything.writing -= 1;
+                state.everything.since = now;
+            }
+            RunRef::None => {}
+        }
     }
 }
 
@@ -144,31 +173,32 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_write_is_a_floor_for_its_run_only() {
         let start = Instant::now();
-        let tokens = RunTokens::new(start);
+        let tokens = Arc::new(RunTokens::new(start));
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
         tokio::time::advance(Duration::from_secs(1)).await;
         let writing = tokens.writing(RunRef::Literal(one));
-        assert_eq!(tokens.since(RunRef::Literal(one)), None);
-        assert_eq!(tokens.since(RunRef::All), None);
-        assert_eq!(tokens.since(RunRef::Literal(two)), Some(start));
+        let now = Instant::now();
+        assert_eq!(tokens.since(RunRef::Literal(one)), now);
+        assert_eq!(tokens.since(RunRef::All), now);
+        assert_eq!(tokens.since(RunRef::Literal(two)), start);
         drop(writing);
-        assert_eq!(tokens.since(RunRef::Literal(one)), Some(Instant::now()));
-        assert_eq!(tokens.since(RunRef::Literal(two)), Some(start));
+        assert_eq!(tokens.since(RunRef::Literal(one)), Instant::now());
+        assert_eq!(tokens.since(RunRef::Literal(two)), start);
         drop(tokens.writing(RunRef::All));
-        assert_eq!(tokens.since(RunRef::Literal(two)), Some(Instant::now()));
+        assert_eq!(tokens.since(RunRef::Literal(two)), Instant::now());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_forgotten_run_is_never_taken_for_an_untouched_one() {
-        let tokens = RunTokens::new(Instant::now());
+        let tokens = Arc::new(RunTokens::new(Instant::now()));
         for number in 0..RUNS_MAX as u128 * 2 {
             tokio::time::advance(Duration::from_millis(1)).await;
             drop(tokens.writing(RunRef::Literal(Uuid::from_u128(number))));
             let written = Instant::now();
-            assert!(tokens.since(RunRef::Literal(Uuid::from_u128(number))) >= Some(written));
+            assert!(tokens.since(RunRef::Literal(Uuid::from_u128(number))) >= written);
         }
         let first_write = Instant::now() - Duration::from_millis(RUNS_MAX as u64 * 2 - 1);
-        assert!(tokens.since(RunRef::Literal(Uuid::from_u128(0))) >= Some(first_write));
+        assert!(tokens.since(RunRef::Literal(Uuid::from_u128(0))) >= first_write);
         assert!(tokens.lock().runs.len() <= RUNS_MAX);
     }
 }

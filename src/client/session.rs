@@ -15,11 +15,13 @@ use super::error::{SessionError, no_server};
 use super::prepared::{Prepared, Translated};
 use super::reply;
 use super::request::{BatchEnd, Grouping, Unit};
+use super::run_tokens::Writing;
 use super::shared::{Running, Shared};
 use super::state::{Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, RunRef};
+use crate::classify::{Analysis, Effect, RunRef, StatementClass};
+use crate::config::Consistency;
 use crate::events::{Delivery, EventsError, Subscriber};
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
 use crate::pool::reset;
@@ -29,12 +31,15 @@ use crate::server::parameters::{Opening, Reported};
 use crate::wire::error_response::{ErrorResponse, field};
 use crate::wire::frame::{self, FrameError, Header};
 use crate::wire::messages::{TxStatus, put_frame, put_parameter_status, put_ready, query_text};
+use crate::wire::quote;
 use crate::wire::stream::Stream;
 
 /// A server whose client has left is given this long to roll back before it is closed.
 const PARTING_MAX: Duration = Duration::from_secs(2);
 /// The server's own frames between requests (a farewell, a changed parameter).
 const ASIDE_MAX: usize = 1024 * 1024;
+/// A buffer that grew larger for one request is given back.
+const KEPT_MAX: usize = 64 * 1024;
 /// The primary's place among the upstreams; replica n is n + 1.
 const PRIMARY: usize = 0;
 
@@ -56,8 +61,22 @@ pub(super) struct Session {
     lease: Option<Checkout>,
     /// Statements the server holds under this client's own names, for the SQL of this request.
     lent: Vec<Vec<u8>>,
+    /// A kept buffer for the effects of extended requests.
+    effects: Vec<Effect>,
     /// Binds of the request under way.
     bound: usize,
+    /// A write to runs by the transaction under way.
+    writing: Option<Writing>,
+    /// The run that the request under way reads on the primary.
+    shown: Option<RunRef>,
+    /// The request was cancelled while it waited for a replica.
+    cancelled: bool,
+    /// The lease is a replica's.
+    on_replica: bool,
+    /// Which one's.
+    lease_replica: Option<usize>,
+    /// The server itself listens for the length of this request, to list the channels.
+    listens: bool,
     /// This client's pools, by upstream, as it came to need them.
     pools: Vec<Option<Arc<Pool>>>,
     subscriber: Option<Subscriber>,
@@ -66,7 +85,8 @@ pub(super) struct Session {
     skip_to_sync: bool,
     /// Before this instant a replica's answer would be older than what the client has seen.
     seen_until: Instant,
-    last_replica: Option<usize>,
+    /// The replica that answered last, and when.
+    last_replica: Option<(usize, Instant)>,
     /// A request for a replica, kept for the primary should the replica refuse.
     kept: Vec<u8>,
     running: watch::Receiver<Running>,
@@ -110,7 +130,14 @@ impl Session {
             exchange: Exchange::default(),
             lease: None,
             lent: Vec::new(),
+            effects: Vec::new(),
             bound: 0,
+            writing: None,
+            shown: None,
+            cancelled: false,
+            on_replica: false,
+            lease_replica: None,
+            listens: false,
             pools: Vec::new(),
             subscriber: None,
             skip_to_sync: false,
@@ -230,31 +257,38 @@ impl Session {
             }
             next = self.subscriber.as_ref().and_then(Subscriber::try_next);
         }
-        // Who has been told of an event must find its traces.
+        // Who has been told of an event must find its traces, and so must whom they tell.
         self.seen_until = Instant::now();
+        self.shared.runs.seen(RunRef::All);
         Ok(self.client.flush().await?)
     }
 
     /// A server held between requests has said something, or has gone.
     async fn hear_server(&mut self, count: usize) -> Result<(), SessionError> {
-        let Some(lease) = self.lease.as_mut() else {
+        let Some(server) = self.lease.as_deref_mut() else {
             return Ok(());
         };
         if count == 0 {
             return Err(SessionError::Relay(RelayError::ServerClosed));
         }
-        while !lease.stream.input.is_empty() {
-            let header = lease
+        while !server.stream.input.is_empty() {
+            let header = server
                 .stream
                 .next_frame(ASIDE_MAX)
                 .await
                 .map_err(RelayError::Server)?;
-            let bytes = lease
+            let bytes = server
                 .stream
                 .input
                 .bytes()
                 .get(..header.whole)
                 .unwrap_or_default();
+            if header.tag == b'S' {
+                reset::note_parameter(
+                    &mut server.reported,
+                    frame::body(bytes, header).unwrap_or_default(),
+                );
+            }
             // Notifications come from the hub.
             if header.tag != b'A' {
                 self.client.output.extend_from_slice(bytes);
@@ -262,7 +296,7 @@ impl Session {
             let body = frame::body(bytes, header).unwrap_or_default();
             let farewell =
                 header.tag == b'E' && matches!(field(body, b'V'), Some(b"FATAL" | b"PANIC"));
-            lease.stream.input.consume(header.whole);
+            server.stream.input.consume(header.whole);
             if farewell {
                 self.client.flush().await?;
                 return Err(SessionError::ServerFarewell);
@@ -337,6 +371,9 @@ impl Session {
                     .await;
             }
         };
+        if let StatementClass::Read(run) = analysis.class {
+            self.shown = Some(unresolved(run));
+        }
         match self.plan(&analysis) {
             Plan::Subscribe(change) => {
                 self.skip(header.whole).await?;
@@ -372,10 +409,9 @@ impl Session {
         whole: usize,
         analysis: &Arc<Analysis>,
     ) -> Result<(), SessionError> {
-        let shared = Arc::clone(&self.shared);
-        let _writing = analysis
-            .writes_runs()
-            .then(|| shared.runs.writing(unresolved(analysis.class.run())));
+        if analysis.writes_runs() {
+            self.note_write(unresolved(analysis.class.run()));
+        }
         if let Err(error) = self.hold(PRIMARY).await {
             if source == Source::Input {
                 self.skip(whole).await?;
@@ -415,6 +451,8 @@ impl Session {
         for effect in effects {
             match effect {
                 Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
+                Effect::ListeningChannels => self.lend_subscriptions().await?,
+                Effect::SequenceValue => self.forget_others_draws().await?,
                 Effect::Execute(name) | Effect::Deallocate(name) => {
                     let (Some((text, types)), Some(lease)) =
                         (self.prepared.text(name.as_bytes()), self.lease.as_mut())
@@ -428,6 +466,46 @@ impl Session {
                 }
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    /// A sequence's last value belongs to the session that drew it. A server that somebody else used last holds theirs, and not
+    /// this client's: better none than a wrong one. (functions-sequence.html)
+    async fn forget_others_draws(&mut self) -> Result<(), SessionError> {
+        let Some(lease) = self
+            .lease
+            .as_mut()
+            .filter(|lease| lease.last_client != self.id)
+        else {
+            return Ok(());
+        };
+        if lease.tx == TxStatus::Idle {
+            let forgotten = reset::command(lease, "DISCARD SEQUENCES").await;
+            forgotten.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))?;
+        }
+        Ok(())
+    }
+
+    /// A server that is asked what this session listens to has to listen to it; for the length of the request. Inside a
+    /// transaction that is not possible: a LISTEN counts from its commit.
+    async fn lend_subscriptions(&mut self) -> Result<(), SessionError> {
+        let channels = self
+            .subscriber
+            .as_ref()
+            .map(Subscriber::channels)
+            .unwrap_or_default();
+        let (Some(lease), false) = (self.lease.as_mut(), channels.is_empty()) else {
+            return Ok(());
+        };
+        if lease.tx == TxStatus::Idle {
+            let script: String = channels
+                .iter()
+                .map(|channel| format!("LISTEN {};", quote::ident(channel)))
+                .collect();
+            let listening = reset::command(lease, &script).await;
+            listening.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))?;
+            self.listens = true;
         }
         Ok(())
     }
@@ -459,7 +537,7 @@ impl Session {
             Plan::Subscribe(change) if end == BatchEnd::Sync && self.survey.bound.len() == 1 => {
                 return self.subscribe_extended(len, &change).await;
             }
-            Plan::Read(run) if !matches!(end, BatchEnd::Huge { .. }) => {
+            Plan::Read(run) if self.still_reads(end) => {
                 if let Some(upstream) = self.fresh_replica(run).await {
                     return self.extended_replica(upstream, len, end).await;
                 }
@@ -489,11 +567,6 @@ impl Session {
         len: usize,
         end: BatchEnd,
     ) -> Result<(), SessionError> {
-        let shared = Arc::clone(&self.shared);
-        let _writing = self
-            .survey
-            .written_run()
-            .map(|run| shared.runs.writing(run));
         if let Err(error) = self.hold(PRIMARY).await {
             if source == Source::Input {
                 let whole = if let BatchEnd::Huge { at, whole } = end {
@@ -506,12 +579,14 @@ impl Session {
             return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
         }
         self.shared.counters.to_primary.inc();
-        let announced: Vec<_> = self.survey.effects().cloned().collect();
-        self.make_ready_for(&announced).await?;
+        let mut effects = std::mem::take(&mut self.effects);
+        effects.clear();
+        effects.extend(self.survey.effects().cloned());
+        self.make_ready_for(&effects).await?;
+        effects.clear();
         self.bound = 0;
         self.exchange.begin(true, Phase::Open);
         let before = self.tx();
-        let mut effects = Vec::new();
         self.put_batch(source, len, end, &mut effects);
         let status = loop {
             match self.relay().await? {
@@ -567,6 +642,12 @@ impl Session {
     fn put_batch(&mut self, source: Source, len: usize, end: BatchEnd, effects: &mut Vec<Effect>) {
         effects.extend(self.survey.effects().cloned());
         self.bound += self.survey.bound.len();
+        if let Some(run) = self.survey.written_run() {
+            self.note_write(run);
+        }
+        if let Some(run) = self.survey.read_run() {
+            self.shown = Some(run);
+        }
         self.exchange.keep_ready |= self.keeps_ready(effects);
         let Some(lease) = self.lease.as_mut() else {
             return;
@@ -596,7 +677,7 @@ impl Session {
                 self.client.input.consume(len);
                 // Of a huge message the rest follows as it comes.
                 self.exchange.upload = if let BatchEnd::Huge { at, whole } = end {
-                    at + whole - len
+                    (at + whole).saturating_sub(len)
                 } else {
                     0
                 };
@@ -686,11 +767,30 @@ impl Session {
                 subscriber.unlisten_all();
             }
         }
-        if after == TxStatus::Idle {
+        if effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::TempObject | Effect::Load))
+            && let Some(lease) = self.lease.as_mut()
+        {
+            // DISCARD ALL keeps the temporary namespace and what was loaded: no other client shall find them.
+            lease.unfit = true;
+        }
+        if let Some(lease) = self.lease.as_mut() {
+            lease.last_client = self.id;
+        }
+        if after == TxStatus::Idle && !self.on_replica {
             self.seen_until = Instant::now();
+            // What ran may have written to any run (a function of the user's own); what was read was shown.
+            let seen = self.shown.take().unwrap_or(RunRef::All);
+            if self.writing.take().is_none() {
+                self.shared.runs.seen(seen);
+            }
+        }
+        if after == TxStatus::Idle {
             if consequences.settings_changed
                 && let Some(lease) = self.lease.as_mut()
             {
+                self.state.adopt_reported(&lease.reported);
                 lease.settings = Arc::clone(&self.state.settings);
                 if consequences.reset {
                     reset::forget_settings_but(lease, &self.state.settings);
@@ -700,7 +800,13 @@ impl Session {
                 self.adopt_subscriptions(failed || rolled_back).await?;
             }
             self.state.forget_transaction();
-            if self.state.pins.is_empty() {
+            if std::mem::take(&mut self.listens)
+                && let Some(lease) = self.lease.as_mut()
+            {
+                let quiet = reset::command(lease, "UNLISTEN *").await;
+                quiet.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))?;
+            }
+            if self.state.pins.is_empty() || self.on_replica {
                 self.check_in().await;
             }
         }
@@ -711,6 +817,14 @@ impl Session {
         Ok(())
     }
 
+    /// The transaction under way writes to `run`, or to any.
+    fn note_write(&mut self, run: RunRef) {
+        self.writing = Some(match self.writing.take() {
+            Some(writing) => writing.and(run),
+            None => self.shared.runs.writing(run),
+        });
+    }
+
     // ---- servers ----
 
     /// Makes sure that the session holds a server: the one it has, or one of the upstream's pool with this session's
@@ -719,22 +833,37 @@ impl Session {
         if self.lease.is_some() {
             return Ok(());
         }
+        if std::mem::take(&mut self.cancelled) {
+            return Err(CheckoutError::Cancelled);
+        }
         let pool = self.pool(upstream);
         let wish = Wish {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
         };
-        let mut lease = pool
-            .checkout(wish, self.key.slot.cancelled_while_waiting())
-            .await?;
+        let within = (upstream != PRIMARY).then_some(self.shared.replica_wait);
+        let mut lease = match pool.take_now(wish) {
+            Some(lease) => lease,
+            None => {
+                let wait = self.key.slot.wait();
+                tokio::select! {
+                    biased;
+                    lease = pool.checkout(wish, within) => lease?,
+                    () = wait.cancelled() => return Err(CheckoutError::Cancelled),
+                }
+            }
+        };
+        // From here on a cancel goes to this server.
+        self.key.slot.hold(&lease.key);
         if !Arc::ptr_eq(&lease.settings, &self.state.settings) {
             let script = lease.settings.script_to(&self.state.settings);
             // Before the request and not with it: were one of these to fail, the request must not run.
             if !script.is_empty() {
-                reset::command(&mut lease, &script)
-                    .await
-                    .map_err(CheckoutError::Settings)?;
+                if let Err(error) = reset::command(&mut lease, &script).await {
+                    self.key.slot.release().await;
+                    return Err(CheckoutError::Settings(error));
+                }
             }
             lease.settings = Arc::clone(&self.state.settings);
         }
@@ -745,7 +874,8 @@ impl Session {
             }
             self.reported = lease.reported.clone();
         }
-        self.key.slot.hold(&lease.key);
+        self.on_replica = upstream != PRIMARY;
+        self.lease_replica = upstream.checked_sub(1);
         self.lease = Some(lease);
         Ok(())
     }
@@ -840,28 +970,42 @@ impl Session {
 
     // ---- replicas ----
 
+    /// What a replica must have replayed for this session's read of `run`.
+    fn floor(&self, run: RunRef) -> Instant {
+        match self.shared.route.consistency {
+            Consistency::Eventual => self.shared.started,
+            Consistency::Session | Consistency::Primary => {
+                self.shared.runs.since(run).max(self.seen_until)
+            }
+        }
+    }
+
     /// A replica that has all that this session, and whoever wrote to these runs, must find there.
     async fn fresh_replica(&mut self, run: RunRef) -> Option<usize> {
         let freshness = self.shared.freshness.as_ref()?;
-        let fresh = match self.shared.runs.since(run) {
-            None => None,
-            Some(since) => {
-                let since = since.max(self.seen_until);
-                freshness
-                    .fresh_replica(since, self.last_replica, self.shared.replica_wait)
-                    .await
-            }
-        };
+        let last = self.last_replica.map(|(replica, _)| replica);
+        let since = self.floor(run);
+        let mut fresh = freshness
+            .fresh_replica(since, last, self.shared.replica_wait)
+            .await;
+        // Another replica than the last one may be behind it, and time must not go back.
+        if let (Some(replica), Some((before, answered))) = (fresh, self.last_replica)
+            && replica != before
+        {
+            let since = since.max(answered);
+            fresh = freshness
+                .fresh_replica(since, Some(replica), self.shared.replica_wait)
+                .await;
+        }
         if fresh.is_none() {
             self.shared.counters.replica_not_fresh.inc();
-        } else if fresh != self.last_replica {
-            self.last_replica = fresh;
         }
         fresh.map(|replica| replica + 1)
     }
 
     fn keep(&mut self, len: usize) {
         self.kept.clear();
+        self.kept.shrink_to(KEPT_MAX);
         self.kept
             .extend_from_slice(self.client.input.bytes().get(..len).unwrap_or_default());
         self.client.input.consume(len);
@@ -911,45 +1055,58 @@ impl Session {
         }
         let mut effects = Vec::new();
         let mut end = end;
+        let mut next_part = true;
         self.exchange.begin(true, Phase::Open);
+        self.bound = 0;
         loop {
-            // A request that pauses for the client's next messages must show what it has said so far.
-            self.exchange.hold = end == BatchEnd::Sync;
-            self.put_batch(Source::Kept, self.kept.len(), end, &mut effects);
+            let confirmed = self.exchange.confirmed;
+            if std::mem::take(&mut next_part) {
+                // A request that pauses for the client's next messages must show what it has said so far.
+                self.exchange.hold = end == BatchEnd::Sync;
+                self.put_batch(Source::Kept, self.kept.len(), end, &mut effects);
+            }
             match self.relay().await? {
                 Pause::Ready(status) => {
                     self.shared.counters.to_replica.inc();
                     return self.finish_on_replica(&effects, status).await;
                 }
                 Pause::Refused => {
-                    self.prepared.settle(self.exchange.confirmed);
+                    // What was held back has been thrown away, its confirmations too.
+                    self.prepared.settle(confirmed);
                     self.leave_refusing_replica().await;
                     self.take_survey(Source::Kept, self.kept.len(), end);
                     return self.run_extended(Source::Kept, self.kept.len(), end).await;
                 }
                 Pause::Misnamed => return Err(SessionError::Relay(RelayError::ServerMalformed)),
+                // After an error the server ignores all up to the Sync; what has been bound can go nowhere else.
+                Pause::ClientSpeaks if self.exchange.error.is_some() || self.bound > 0 => {
+                    self.put_more(&mut effects).await?;
+                }
                 Pause::ClientSpeaks => {
-                    let unit = self.grouping.next_open(self.client.input.bytes())?;
-                    let Unit::Batch { len, end: next } = unit else {
-                        return self
-                            .move_to_primary(Source::Input, 0, BatchEnd::Flush)
-                            .await;
+                    let Unit::Batch { len, end: next } =
+                        self.grouping.next_open(self.client.input.bytes())?
+                    else {
+                        return self.move_to_primary(0, BatchEnd::Flush).await;
                     };
                     self.take_survey(Source::Input, len, next);
-                    if !self.still_reads() || matches!(next, BatchEnd::Huge { .. }) {
-                        return self.move_to_primary(Source::Input, len, next).await;
+                    if !self.still_reads(next) {
+                        return self.move_to_primary(len, next).await;
                     }
                     self.keep(len);
                     end = next;
+                    next_part = true;
                 }
             }
         }
     }
 
-    /// Whether the next part of a request that began as a read is still one.
-    fn still_reads(&self) -> bool {
+    /// Whether the next part of a request that began as a read is still one that a replica may take: nothing is bound there
+    /// but to be run to the request's end.
+    fn still_reads(&self, end: BatchEnd) -> bool {
         let reads = |analysis: &Arc<Analysis>| matches!(self.read_plan(analysis), Plan::Read(_));
-        self.survey.parsed.iter().all(reads)
+        let whole = end == BatchEnd::Sync || end == BatchEnd::Flush && self.survey.bound.is_empty();
+        whole
+            && self.survey.parsed.iter().all(reads)
             && self
                 .survey
                 .bound
@@ -962,12 +1119,7 @@ impl Session {
     }
 
     /// A request that began on a replica with nothing but Parse and Describe goes on elsewhere: nothing has run yet.
-    async fn move_to_primary(
-        &mut self,
-        source: Source,
-        len: usize,
-        end: BatchEnd,
-    ) -> Result<(), SessionError> {
+    async fn move_to_primary(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         self.prepared.settle(self.exchange.confirmed);
         if let Some(mut lease) = self.lease.take() {
             let settled = timeout(PARTING_MAX, reset::sync(&mut lease)).await;
@@ -978,15 +1130,17 @@ impl Session {
                 lease.check_in(clean, Some(self.id));
             }
         }
-        self.run_extended(source, len, end).await
+        self.run_extended(Source::Input, len, end).await
     }
 
+    /// `false`: none is to be had, so the primary answers.
     async fn hold_replica(&mut self, upstream: usize) -> bool {
         match self.hold(upstream).await {
             Ok(()) => true,
             Err(error) => {
                 debug!(upstream, %error, "replica gave no connection, so the primary answers");
                 self.shared.counters.replica_refused.inc();
+                self.cancelled = matches!(error, CheckoutError::Cancelled);
                 false
             }
         }
@@ -1005,10 +1159,18 @@ impl Session {
     ) -> Result<(), SessionError> {
         // What a replica reports of itself is not the client's session.
         self.exchange.parameters_changed = false;
-        let seen_until = self.seen_until;
+        let replica = self.lease_replica;
         self.finish(effects, 1, TxStatus::Idle, status).await?;
-        // The client saw no more than this replica has; another one, or a later request, is held to what came before.
-        self.seen_until = seen_until;
+        let now = Instant::now();
+        if let Some(replica) = replica {
+            self.last_replica = Some((replica, now));
+        }
+        // Another replica may be behind this one, so what it showed is a floor for whoever asks another.
+        if self.shared.upstreams.len() > 2 {
+            self.shared
+                .runs
+                .seen(self.shown.take().unwrap_or(RunRef::All));
+        }
         Ok(())
     }
 

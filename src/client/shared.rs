@@ -48,7 +48,9 @@ pub(crate) struct Shared {
     pub(crate) freshness: Option<Freshness>,
     /// The primary, then the replicas.
     pub(crate) upstreams: Vec<Arc<Upstream>>,
-    pub(crate) runs: RunTokens,
+    pub(crate) runs: Arc<RunTokens>,
+    /// When the proxy was started.
+    pub(crate) started: tokio::time::Instant,
     pub(crate) route: RouteSettings,
     pub(crate) replica_wait: std::time::Duration,
     pub(crate) counters: Counters,

@@ -41,13 +41,19 @@ const SECRET_LEN_3_2: usize = 32;
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
     let within = shared.listen.login_timeout;
-    let arrival = timeout(within, Box::pin(arrive(tcp, &shared, seat.is_some()))).await;
+    let arrive = Box::pin(arrive(tcp, &shared, seat.is_some()));
+    let arrival = tokio::select! {
+        biased;
+        arrival = timeout(within, arrive) => arrival,
+        // Nobody who is still on the doorstep is worth waiting for.
+        () = until(&shared, |state| state != Running::Serving) => return,
+    };
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
             let ended = tokio::select! {
                 biased;
                 ended = session.run() => ended,
-                () = stopping(&shared) => Err(SessionError::Shutdown),
+                () = until(&shared, |state| state == Running::Stopping) => Err(SessionError::Shutdown),
             };
             if let Err(error) = &ended {
                 note(peer, error, &shared);
@@ -58,8 +64,14 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
             session.part().await;
         }
         Ok(Ok(Arrival::Console(mut client))) => {
-            if let Err(error) = console::serve(&mut client, &shared).await {
+            let ended = tokio::select! {
+                biased;
+                ended = console::serve(&mut client, &shared) => ended,
+                () = until(&shared, |state| state != Running::Serving) => Err(SessionError::Shutdown),
+            };
+            if let Err(error) = ended {
                 debug!(%peer, %error, "console client left");
+                farewell(&mut client, &error).await;
             }
         }
         Ok(Ok(Arrival::Nothing)) => {}
@@ -77,10 +89,10 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     }
 }
 
-async fn stopping(shared: &Shared) {
+async fn until(shared: &Shared, reached: impl Fn(Running) -> bool) {
     let mut running = shared.running.clone();
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| *state == Running::Stopping).await);
+    drop(running.wait_for(|state| reached(*state)).await);
 }
 
 enum Arrival {
@@ -223,7 +235,15 @@ async fn introduce(
         opening: &login.opening,
         application_name: &login.application_name,
     };
-    let mut seen = pool.log_in(wish).await.map_err(login_refused)?;
+    let seen = pool.log_in(wish).await;
+    drop(pool);
+    let mut seen = match seen {
+        Ok(seen) => seen,
+        Err(error) => {
+            shared.pools.forget_unused(&login.opening);
+            return Err(login_refused(error));
+        }
+    };
     if seen.reported.find("application_name").is_some() {
         seen.reported
             .set("application_name", &login.application_name);

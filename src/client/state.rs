@@ -4,8 +4,10 @@
 use std::sync::Arc;
 
 use crate::classify::Effect;
+use crate::server::parameters::Reported;
 use crate::server::settings::Settings;
 use crate::wire::messages::TxStatus;
+use crate::wire::quote;
 
 /// Why only one server will do for a client from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,10 +20,11 @@ pub(crate) enum PinReason {
     SqlPrepare,
     Load,
     SetConfig,
+    Sequence,
     Unfollowed,
 }
 
-pub(crate) const PIN_REASONS: [(PinReason, &str); 8] = [
+pub(crate) const PIN_REASONS: [(PinReason, &str); 9] = [
     (PinReason::SessionMode, "session_mode"),
     (PinReason::TempObject, "temp_object"),
     (PinReason::AdvisoryLock, "advisory_lock"),
@@ -29,15 +32,16 @@ pub(crate) const PIN_REASONS: [(PinReason, &str); 8] = [
     (PinReason::SqlPrepare, "sql_prepare"),
     (PinReason::Load, "load"),
     (PinReason::SetConfig, "set_config"),
+    (PinReason::Sequence, "sequence"),
     (PinReason::Unfollowed, "unfollowed"),
 ];
 
 /// A set of reasons.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Pins(u8);
+pub(crate) struct Pins(u16);
 
 impl Pins {
-    fn bit(reason: PinReason) -> u8 {
+    fn bit(reason: PinReason) -> u16 {
         1 << reason as u8
     }
 
@@ -47,6 +51,10 @@ impl Pins {
 
     fn insert(&mut self, reason: PinReason) {
         self.0 |= Self::bit(reason);
+    }
+
+    fn only(self, reason: PinReason) -> Self {
+        Self(self.0 & Self::bit(reason))
     }
 
     fn remove(&mut self, reason: PinReason) {
@@ -150,6 +158,7 @@ impl State {
             match effect {
                 Effect::AdvisorySession => self.pins.insert(PinReason::AdvisoryLock),
                 Effect::Load => self.pins.insert(PinReason::Load),
+                Effect::SequenceValue => self.pins.insert(PinReason::Sequence),
                 Effect::Unfollowed => self.pins.insert(PinReason::Unfollowed),
                 _ if ending.failed => {}
                 Effect::AdvisoryUnlockAll => self.pins.remove(PinReason::AdvisoryLock),
@@ -162,11 +171,7 @@ impl State {
                     consequences.deallocated_all = true;
                 }
                 Effect::DiscardAll => {
-                    self.pins = if self.pins.contains(PinReason::SessionMode) {
-                        Pins(1)
-                    } else {
-                        Pins::default()
-                    };
+                    self.pins = self.pins.only(PinReason::SessionMode);
                     consequences.discarded_all = true;
                     self.uncommitted.push(effect.clone());
                 }
@@ -188,6 +193,7 @@ impl State {
                 | Effect::Execute(_)
                 | Effect::Deallocate(_)
                 | Effect::Copy
+                | Effect::ListeningChannels
                 | Effect::NeedsDatabaseAlone(_)
                 | Effect::Transaction => {}
             }
@@ -204,6 +210,21 @@ impl State {
             self.uncommitted.clear();
         }
         consequences
+    }
+
+    /// Settings that Postgres reports are kept as it reports them: what a client says may only be half of the value (a
+    /// DateStyle is set by halves), or mean something else where it is said again.
+    pub(crate) fn adopt_reported(&mut self, reported: &Reported) {
+        for (setting, name) in [
+            ("datestyle", "DateStyle"),
+            ("timezone", "TimeZone"),
+            ("intervalstyle", "IntervalStyle"),
+        ] {
+            if let Some(value) = reported.find(name).filter(|_| self.settings.has(setting)) {
+                let sql = format!("SET {setting} TO {}", quote::literal(value));
+                Arc::make_mut(&mut self.settings).set(setting, &sql);
+            }
+        }
     }
 
     /// The transaction is over and its consequences are seen to.

@@ -18,6 +18,8 @@ pub(super) struct Survey {
     pub(super) parsed: Vec<Arc<Analysis>>,
     /// Of the statements its Binds run, in order; a run that a parameter names is resolved.
     pub(super) bound: Vec<(Arc<Analysis>, RunRef)>,
+    /// A named statement too large to keep: only the server that gets it has it.
+    ties: bool,
 }
 
 impl Survey {
@@ -30,6 +32,7 @@ impl Survey {
     ) {
         self.parsed.clear();
         self.bound.clear();
+        self.ties = false;
         let mut at = 0;
         for (header, frame) in frames(batch) {
             let body = frame.get(HEADER..).unwrap_or_default();
@@ -37,7 +40,10 @@ impl Survey {
                 b'P' => self.parsed.push(match Parse::read(body) {
                     Some(parse) => classifier.analyse(parse.text),
                     // A huge one is judged by its beginning, and ties a named statement to its server.
-                    None if huge_at == Some(at) => huge(body, classifier),
+                    None if huge_at == Some(at) => {
+                        self.ties = body.first() != Some(&0);
+                        huge(body, classifier)
+                    }
                     None => Analysis::other(),
                 }),
                 b'B' => {
@@ -85,9 +91,19 @@ impl Survey {
 
     /// What running the batch does to the session.
     pub(super) fn effects(&self) -> impl Iterator<Item = &Effect> {
-        self.bound
+        let bound = self
+            .bound
             .iter()
-            .flat_map(|(analysis, _)| &analysis.effects)
+            .flat_map(|(analysis, _)| &analysis.effects);
+        bound.chain(self.ties.then_some(&Effect::Unfollowed))
+    }
+
+    /// The run that this batch only reads; `None`: it may do anything.
+    pub(super) fn read_run(&self) -> Option<RunRef> {
+        match self.bound.as_slice() {
+            [(analysis, run)] if matches!(analysis.class, StatementClass::Read(_)) => Some(*run),
+            _ => None,
+        }
     }
 
     /// The run a write of this batch concerns; `None`: no pgflow write in it.
@@ -112,12 +128,8 @@ fn huge(body: &[u8], classifier: &Classifier) -> Arc<Analysis> {
         .position(|&byte| byte == 0)
         .and_then(|end| body.get(end + 1..))
         .unwrap_or_default();
-    let named = body.first() != Some(&0);
     let mut analysis = Analysis::clone(&classifier.analyse(text));
     analysis.class = StatementClass::Other;
-    if named {
-        analysis.effects.push(Effect::Unfollowed);
-    }
     Arc::new(analysis)
 }
 

@@ -855,6 +855,10 @@ impl Subscriber {
     }
 
     /// Cancel-safe. After a `Cut` nothing but that `Cut` comes.
+    pub(crate) fn channels(&self) -> Vec<String> {
+        self.mailbox.lock().channels()
+    }
+
     pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Delivery> {
         let mut inbox = self.mailbox.lock();
         let popped = inbox.pop();

@@ -221,6 +221,16 @@ pub(super) struct Popped {
 }
 
 impl Inbox {
+    pub(super) fn channels(&self) -> Vec<String> {
+        let mut channels: Vec<String> = self
+            .spellings
+            .keys()
+            .map(|spelling| spelling.to_string())
+            .collect();
+        channels.sort_unstable();
+        channels
+    }
+
     pub(super) fn new(bounds: Bounds) -> Self {
         Self {
             bounds,

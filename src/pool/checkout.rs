@@ -2,7 +2,6 @@
 //! Never looks at SQL. Called by `client/session.rs` and `client/startup.rs`.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
@@ -13,7 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::reset::{self, Clean, ResetError};
@@ -186,6 +185,14 @@ impl Pools {
         Arc::clone(pool)
     }
 
+    /// A login failed: a pool that nobody ever used (a wrong name, most likely) is not kept.
+    pub(crate) fn forget_unused(&self, opening: &Opening) {
+        let unused = |pool: &Arc<Pool>| Arc::strong_count(pool) == 1 && pool.counts().open == 0;
+        lock(&self.pools).retain(|(database, user, _), pool| {
+            *database != opening.database || *user != opening.user || !unused(pool)
+        });
+    }
+
     /// What a client proved itself with logs in to every upstream.
     pub(crate) fn share_credentials(&self, opening: &Opening, credentials: &Credentials) {
         for upstream in 0..self.connectors.len() {
@@ -249,11 +256,28 @@ impl Pool {
         }
     }
 
-    /// A server for this client. Waits its turn, `checkout_timeout` at most, or until `cancelled` resolves.
+    /// A server for this client without any waiting, if one is idle and surely alive.
+    pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>) -> Option<Checkout> {
+        let server = lock(&self.books).take_idle(wish.client, wish.opening)?;
+        let checkout = Checkout {
+            server: Some(server),
+            pool: Arc::clone(self),
+        };
+        let now = Instant::now();
+        let young = now.duration_since(checkout.opened_at) <= self.settings.server_lifetime;
+        let trusted = now.duration_since(checkout.idle_since) < TRUSTED_IDLE;
+        if young && (trusted || matches!(peek(&checkout), Peek::Silent)) {
+            return Some(checkout);
+        }
+        checkout.put_back();
+        None
+    }
+
+    /// A server for this client. Waits its turn, `within` at most (and never longer than `checkout_timeout`).
     pub(crate) async fn checkout(
         self: &Arc<Self>,
         wish: Wish<'_>,
-        cancelled: impl Future<Output = ()>,
+        within: Option<Duration>,
     ) -> Result<Checkout, CheckoutError> {
         loop {
             let (taken, receiver) = self.take(wish);
@@ -270,7 +294,7 @@ impl Pool {
                 }
                 Take::Wait(ticket) => {
                     let receiver = receiver.expect("a wait comes with its receiver");
-                    return self.wait(ticket, receiver, wish, cancelled).await;
+                    return self.wait(ticket, receiver, wish, within).await;
                 }
             }
         }
@@ -279,14 +303,12 @@ impl Pool {
     /// What a client that logs in is told: from a server of its own if one is to be had at once, else from what an equal
     /// session was told, else after waiting its turn like any request.
     pub(crate) async fn log_in(self: &Arc<Self>, wish: Wish<'_>) -> Result<Seen, CheckoutError> {
-        let busy = {
-            let counts = self.counts();
-            counts.idle == 0 && counts.open >= self.settings.size.get()
-        };
-        if busy && let Some(seen) = lock(&self.seen).get(wish.opening) {
+        if self.is_busy()
+            && let Some(seen) = lock(&self.seen).get(wish.opening)
+        {
             return Ok(seen.clone());
         }
-        let server = self.checkout(wish, std::future::pending()).await?;
+        let server = self.checkout(wish, None).await?;
         let seen = Seen {
             reported: server.reported.clone(),
             pid: server.key.pid,
@@ -322,23 +344,20 @@ impl Pool {
         ticket: u64,
         receiver: oneshot::Receiver<Grant>,
         wish: Wish<'_>,
-        cancelled: impl Future<Output = ()>,
+        within: Option<Duration>,
     ) -> Result<Checkout, CheckoutError> {
         self.counters.waited.inc();
         // However the wait ends, also by this future being dropped, the wish is taken back.
         let _wish = Wished { pool: self, ticket };
-        let deadline = Instant::now() + self.settings.checkout_timeout;
-        let granted = tokio::select! {
-            biased;
-            granted = timeout_at(deadline, receiver) => granted,
-            () = cancelled => return Err(CheckoutError::Cancelled),
-        };
+        let longest = self.settings.checkout_timeout;
+        let within = within.map_or(longest, |within| within.min(longest));
+        let granted = timeout(within, receiver).await;
         match granted {
             Ok(Ok(Grant::Server(checkout))) => Ok(checkout),
             Ok(Ok(Grant::Slot(slot))) => self.open(slot, wish).await,
             Ok(Err(_)) | Err(_) => {
                 self.counters.timed_out.inc();
-                Err(CheckoutError::TimedOut(self.settings.checkout_timeout))
+                Err(CheckoutError::TimedOut(within))
             }
         }
     }
@@ -487,7 +506,7 @@ impl Checkout {
         self.pool.pass_on(give);
     }
 
-    /// A grant that found no taker: it was clean when granted, and nobody has touched it.
+    /// A server nobody has touched since it was last proven clean goes back as it came.
     fn put_back(mut self) {
         let Some(server) = self.server.take() else {
             return;

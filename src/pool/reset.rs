@@ -167,7 +167,7 @@ pub(crate) async fn absorb(server: &mut ServerConn) -> Result<(), ResetError> {
     }
 }
 
-fn note_parameter(reported: &mut crate::server::parameters::Reported, body: &[u8]) {
+pub(crate) fn note_parameter(reported: &mut crate::server::parameters::Reported, body: &[u8]) {
     if let Some((name, value)) = parameter_status(body) {
         reported.set(
             &String::from_utf8_lossy(name),

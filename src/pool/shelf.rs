@@ -66,13 +66,8 @@ impl<S: Shelved, W> Shelf<S, W> {
         }
     }
 
-    /// Affinity first: the client's own server; then one nobody owns; then a new one; then the one idle longest.
-    pub(crate) fn take(
-        &mut self,
-        client: ClientId,
-        kind: &S::Kind,
-        wake: impl FnOnce() -> W,
-    ) -> Take<S> {
+    /// A server that may be had at once and at nobody's cost: the client's own, or one that nobody owns.
+    pub(crate) fn take_idle(&mut self, client: ClientId, kind: &S::Kind) -> Option<S> {
         let fits = |idle: &Idle<S>| idle.server.kind() == kind;
         let own = self
             .idle
@@ -83,9 +78,20 @@ impl<S: Shelved, W> Shelf<S, W> {
                 .iter()
                 .rposition(|idle| idle.owner.is_none() && fits(idle))
         };
-        if let Some(at) = own.or_else(free) {
-            return Take::Ready(self.idle.remove(at).server);
+        own.or_else(free).map(|at| self.idle.remove(at).server)
+    }
+
+    /// Affinity first: the client's own server; then one nobody owns; then a new one; then the one idle longest.
+    pub(crate) fn take(
+        &mut self,
+        client: ClientId,
+        kind: &S::Kind,
+        wake: impl FnOnce() -> W,
+    ) -> Take<S> {
+        if let Some(server) = self.take_idle(client, kind) {
+            return Take::Ready(server);
         }
+        let fits = |idle: &Idle<S>| idle.server.kind() == kind;
         if self.open < self.size {
             self.open += 1;
             return Take::Open;

@@ -61,6 +61,8 @@ impl Login {
     ) -> Result<Step, AuthError> {
         let (code, rest) = body.split_first_chunk::<4>().ok_or(AuthError::Scram)?;
         match u32::from_be_bytes(*code) {
+            // An exchange once begun must end with the server's own proof.
+            0 if self.exchange.is_some() => return Err(AuthError::ServerSignature),
             0 => return Ok(Step::Done),
             3 => {
                 let password = credentials.password("a cleartext password")?;

@@ -56,6 +56,8 @@ pub(crate) struct ServerConn {
     /// Names of statements to be closed with the next extended request.
     pub(crate) to_close: Vec<Vec<u8>>,
     pub(crate) unnamed: Option<UnnamedOwner>,
+    /// The client that used it last; clients are numbered from 1.
+    pub(crate) last_client: u64,
     /// Our books and the server's differ: not to be used again.
     pub(crate) unfit: bool,
     pub(crate) opened_at: Instant,

@@ -45,6 +45,9 @@ fn message_of(body: &[u8]) -> String {
     String::from_utf8_lossy(field).into_owned()
 }
 
+/// A server that acknowledges nothing for so long is gone, whatever its socket says.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
 /// Dials one upstream.
 pub(crate) struct Connector {
     host: Arc<str>,
@@ -153,6 +156,7 @@ impl Connector {
             statements: Statements::default(),
             to_close: Vec::new(),
             unnamed: None,
+            last_client: 0,
             unfit: false,
             opened_at: now,
             idle_since: now,
@@ -165,8 +169,12 @@ impl Connector {
             .await
             .map_err(ConnectError::Unreachable)?;
         tcp.set_nodelay(true).map_err(ConnectError::Unreachable)?;
-        socket2::SockRef::from(&tcp)
+        let socket = socket2::SockRef::from(&tcp);
+        socket
             .set_keepalive(true)
+            .map_err(ConnectError::Unreachable)?;
+        socket
+            .set_tcp_user_timeout(Some(SILENCE_MAX))
             .map_err(ConnectError::Unreachable)?;
         let Some(config) = &self.tls else {
             return Ok(Transport::Plain(tcp));

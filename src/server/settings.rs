@@ -27,6 +27,10 @@ impl Settings {
         }
     }
 
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
     pub(crate) fn unset(&mut self, name: &str) {
         self.values.remove(name);
         if name == AUTHORIZATION {

@@ -14,6 +14,8 @@ use crate::config::{ConnectUrl, SslMode};
 /// The client configuration `url` asks for; for `sslmode=disable` one that is not used.
 pub(crate) fn client_config(url: &ConnectUrl) -> Result<ClientConfig, std::io::Error> {
     let check = match url.sslmode {
+        // With a root file, libpq's `require` verifies the chain.
+        SslMode::Require if url.ssl_root_cert.is_some() => Check::Authority,
         SslMode::Disable | SslMode::Prefer | SslMode::Require => Check::Nothing,
         SslMode::VerifyCa => Check::Authority,
         SslMode::VerifyFull => Check::AuthorityAndName,

@@ -71,10 +71,12 @@ pub(crate) struct Stream {
     written: usize,
     /// The other side has sent its last byte.
     pub(crate) at_eof: bool,
+    /// TLS records may still be with us.
+    unflushed: bool,
 }
 
 /// A kept `output` larger than this is given back once sent.
-const OUTPUT_KEPT_MAX: usize = 4 * 1024;
+const OUTPUT_KEPT_MAX: usize = 16 * 1024;
 
 impl Stream {
     pub(crate) fn new(transport: Transport) -> Self {
@@ -84,6 +86,7 @@ impl Stream {
             output: Vec::new(),
             written: 0,
             at_eof: false,
+            unflushed: false,
         }
     }
 
@@ -153,7 +156,10 @@ impl Stream {
         }
         match ready!(self.transport.poll_write(cx, bytes))? {
             0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-            count => Poll::Ready(Ok(count)),
+            count => {
+                self.unflushed = !matches!(self.transport, Transport::Plain(_));
+                Poll::Ready(Ok(count))
+            }
         }
     }
 
@@ -162,7 +168,10 @@ impl Stream {
         while let Some(rest @ [_, ..]) = self.output.get(self.written..) {
             match ready!(self.transport.poll_write(cx, rest))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                count => self.written += count,
+                count => {
+                    self.unflushed = !matches!(self.transport, Transport::Plain(_));
+                    self.written += count;
+                }
             }
         }
         self.written = 0;
@@ -173,9 +182,18 @@ impl Stream {
         Poll::Ready(Ok(()))
     }
 
-    /// Pushes TLS records out; plain sockets have nothing to push.
+    /// Pushes TLS records out; plain sockets have nothing to push. Pending, it must be called again: see `is_flushed`.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.transport.poll_flush(cx)
+        if self.unflushed {
+            ready!(self.transport.poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// All that was sent has left.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.output.is_empty() && !self.unflushed
     }
 
     /// Sends `output`, and makes sure it left. Cancel-safe: what was not written stays in `output`.

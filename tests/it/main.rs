@@ -8,7 +8,9 @@
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
+mod hostile;
 mod protocol;
 mod schema;
+mod session;
 mod support;
 mod transcripts;

@@ -8,8 +8,13 @@ use crate::support::proxy::Proxy;
 use crate::support::raw::{Raw, tags};
 use crate::support::script::{self, Step};
 
-/// Lines on which we may differ, by the beginning of the line, each with its reason.
-const JUSTIFIED: &[(&str, &str)] = &[];
+/// Answers on which we may differ: where, what of Postgres's answer, what ours has instead, and why.
+const JUSTIFIED: &[(&str, &str, &str, &str)] = &[(
+    "misc.txt: select pg_listening_channels()",
+    "D sp_@@_\nC SELECT 1",
+    "C SELECT 0",
+    "FIXME: the hub listens, not the server at hand",
+)];
 
 #[tokio::test]
 async fn simple_queries_answer_as_postgres_does() {
@@ -86,7 +91,10 @@ async fn compare(name: &str) {
         let heard = script::run(&mut shared, step).await;
         crowd.settle().await;
         let [wanted, heard] = [wanted, heard].map(|frames| script::rendered(&frames, 'a'));
-        if wanted != heard && !is_justified(step, &wanted) {
+        if is_justified(name, step, &wanted, &heard) {
+            continue;
+        }
+        if wanted != heard {
             different.push(format!(
                 "{name}.txt:{}\n  Postgres:\n{wanted}\n  through us:\n{heard}\n",
                 step.line
@@ -101,10 +109,12 @@ async fn direct_session(db: &TestDb) -> Raw {
     Raw::login_url(&db.primary_url, &[]).await
 }
 
-fn is_justified(step: &Step, _wanted: &str) -> bool {
-    JUSTIFIED
-        .iter()
-        .any(|(line, _why)| String::from_utf8_lossy(&step.bytes).contains(line))
+fn is_justified(name: &str, step: &Step, wanted: &str, heard: &str) -> bool {
+    let sent = String::from_utf8_lossy(&step.bytes);
+    JUSTIFIED.iter().any(|(place, theirs, ours, _why)| {
+        let (script, text) = place.split_once(".txt: ").unwrap();
+        script == name && sent.contains(text) && wanted.replace(theirs, ours) == heard
+    })
 }
 
 fn text_of(name: &str) -> String {

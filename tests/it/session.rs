@@ -1,0 +1,564 @@
+//! What a session holds is its own, however many clients share a server, and stays with it, however many servers it meets.
+
+use std::fmt::Write;
+
+use futures_util::future::join_all;
+use tokio::time::timeout;
+
+use crate::support::pg::fresh_database;
+use crate::support::proxy::{PATIENCE, Proxy, connect, sqlstate, text, try_text};
+use crate::support::raw::Raw;
+use crate::support::wait::wait_until;
+
+/// What is set, and what shows it.
+const SETTINGS: &[(&str, &str, &str)] = &[
+    (
+        "set search_path = pg_catalog",
+        "show search_path",
+        "pg_catalog",
+    ),
+    (
+        "set statement_timeout = '77s'",
+        "show statement_timeout",
+        "77s",
+    ),
+    (
+        "set datestyle = 'German'",
+        "select date '2024-02-03'",
+        "03.02.2024",
+    ),
+    ("set time zone 'Asia/Tokyo'", "show time zone", "Asia/Tokyo"),
+    ("set role pg_monitor", "select current_user", "pg_monitor"),
+    (
+        "set session authorization pg_monitor",
+        "select session_user",
+        "pg_monitor",
+    ),
+    (
+        "set application_name = 'mine'",
+        "show application_name",
+        "mine",
+    ),
+    (
+        "set my.own = 'x y'",
+        "select coalesce(current_setting('my.own', true), '')",
+        "x y",
+    ),
+    (
+        "set session characteristics as transaction isolation level serializable",
+        "show transaction_isolation",
+        "serializable",
+    ),
+    (
+        "set default_transaction_read_only = on",
+        "show transaction_read_only",
+        "on",
+    ),
+    (
+        "select set_config('work_mem', '1234kB', false)",
+        "show work_mem",
+        "1234kB",
+    ),
+    (
+        "begin; set work_mem = '2345kB'; commit",
+        "show work_mem",
+        "2345kB",
+    ),
+    ("set names 'LATIN1'", "show client_encoding", "LATIN1"),
+    ("set xml option document", "show xmloption", "document"),
+    ("set local_preload_libraries = ''", "show work_mem", "4MB"),
+];
+
+#[tokio::test]
+async fn no_setting_leaks_and_each_holds_for_its_own_client() {
+    let db = fresh_database().await;
+    let direct = db.connect().await;
+    for (set, show, wanted) in SETTINGS {
+        if try_text(&direct, set).await.is_err() {
+            continue;
+        }
+        direct.batch_execute("discard all").await.unwrap();
+        let default = text(&direct, show).await;
+        // Two servers, so that whoever is pinned to one leaves one to the rest.
+        let proxy = Proxy::with_pool(&db, 2).await;
+        let (one, two, three) = (
+            proxy.connect().await,
+            proxy.connect().await,
+            proxy.connect().await,
+        );
+        one.batch_execute(set).await.unwrap();
+        for round in 0..3 {
+            assert_eq!(
+                text(&two, show).await,
+                default,
+                "{set}: second client, round {round}"
+            );
+            assert_eq!(
+                text(&one, show).await,
+                *wanted,
+                "{set}: its own client, round {round}"
+            );
+            assert_eq!(
+                text(&three, show).await,
+                default,
+                "{set}: third client, round {round}"
+            );
+            // One of the servers is taken: the next request meets the other.
+            two.batch_execute("begin").await.unwrap();
+            assert_eq!(
+                text(&one, show).await,
+                *wanted,
+                "{set}: elsewhere, round {round}"
+            );
+            two.batch_execute("commit").await.unwrap();
+        }
+        one.batch_execute("discard all").await.unwrap();
+        assert_eq!(text(&one, show).await, default, "{set}: after discard all");
+        one.batch_execute(set).await.unwrap();
+        drop(one);
+        let fourth = proxy.connect().await;
+        for client in [&two, &three, &fourth] {
+            client.batch_execute("begin").await.unwrap();
+            assert_eq!(
+                text(client, show).await,
+                default,
+                "{set}: after its client left"
+            );
+            client.batch_execute("commit").await.unwrap();
+        }
+        proxy.shut_down().await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_transaction_sets_ends_with_it() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let (one, two) = (proxy.connect().await, proxy.connect().await);
+    for script in [
+        "begin; set local work_mem = '1MB'; commit",
+        "begin; set work_mem = '1MB'; rollback",
+        "set work_mem = '1MB'; select 1/0",
+        "begin; set work_mem = '1MB'; select 1/0",
+        "set work_mem = 'nonsense'",
+        "set work_mem = '1MB'; reset work_mem",
+        "set work_mem = '1MB'; reset all",
+        "set work_mem = '1MB'; set work_mem = default",
+        "set work_mem = '1MB'; set work_mem to default",
+    ] {
+        // Statement by statement and all in one.
+        for parts in [script.split("; ").collect::<Vec<_>>(), vec![script]] {
+            if parts.len() > 1 && script.starts_with("set work_mem = '1MB'; select") {
+                continue;
+            }
+            // No error is an answer, too.
+            for part in &parts {
+                drop(try_text(&one, part).await);
+            }
+            drop(try_text(&one, "rollback").await);
+            assert_eq!(text(&one, "show work_mem").await, "4MB", "{parts:?}");
+            one.batch_execute("discard all").await.unwrap();
+            assert_eq!(
+                text(&two, "show work_mem").await,
+                "4MB",
+                "{parts:?}: another"
+            );
+        }
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn startup_parameters_and_options_are_the_clients_defaults() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let with = async |query: &str| connect(&format!("{}?{query}", proxy.url())).await;
+    let plain = proxy.connect().await;
+    let opted = with("options=-c%20work_mem%3D5MB%20-c%20search_path%3Dpg_catalog").await;
+    let named = with("application_name=by%20name").await;
+    for _ in 0..3 {
+        assert_eq!(text(&plain, "show work_mem").await, "4MB");
+        assert_eq!(text(&opted, "show work_mem").await, "5MB");
+        assert_eq!(text(&opted, "show search_path").await, "pg_catalog");
+        assert_eq!(text(&named, "show application_name").await, "by name");
+        assert_eq!(text(&named, "show work_mem").await, "4MB");
+        assert_eq!(text(&plain, "show application_name").await, "");
+        opted.batch_execute("set work_mem = '6MB'").await.unwrap();
+        assert_eq!(text(&plain, "show work_mem").await, "4MB");
+        assert_eq!(text(&opted, "show work_mem").await, "6MB");
+        opted.batch_execute("reset work_mem").await.unwrap();
+        assert_eq!(text(&plain, "show work_mem").await, "4MB");
+        assert_eq!(text(&opted, "show work_mem").await, "5MB");
+        named
+            .batch_execute("set application_name = 'other'")
+            .await
+            .unwrap();
+        assert_eq!(text(&plain, "show application_name").await, "");
+        named.batch_execute("reset application_name").await.unwrap();
+        assert_eq!(text(&plain, "show application_name").await, "");
+        assert_eq!(text(&named, "show application_name").await, "by name");
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_wrong_startup_parameter_is_refused_in_postgres_words() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    for parameter in [
+        ("work_mem", "lots"),
+        ("no_such_thing", "1"),
+        ("client_encoding", "KLINGON"),
+        ("options", "-c nonsense=1"),
+    ] {
+        let mut said = Vec::new();
+        for port in [db.url().port, proxy.port] {
+            let mut raw = Raw::connect(port).await;
+            let parameters = [
+                ("user", "postgres"),
+                ("database", db.name.as_str()),
+                parameter,
+            ];
+            raw.send(&crate::support::raw::startup(
+                crate::support::raw::PROTOCOL_3_0,
+                &parameters,
+            ))
+            .await;
+            let errors: Vec<_> = raw
+                .until_end()
+                .await
+                .into_iter()
+                .filter(|frame| frame.tag == b'E')
+                .collect();
+            said.push(crate::support::raw::transcript(&errors));
+        }
+        assert_eq!(said[0], said[1], "{parameter:?}");
+    }
+    assert_eq!(text(&proxy.connect().await, "select 1").await, "1");
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn the_client_is_told_of_parameters_that_changed_and_of_its_own_only() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut one = proxy.raw_with(&[("application_name", "one")]).await;
+    assert_eq!(one.parameters["application_name"], "one");
+    one.query("begin").await;
+    // Every server is busy: what a login is told comes from memory, and is true all the same.
+    let mut two = proxy.raw_with(&[("application_name", "two")]).await;
+    assert_eq!(two.parameters["application_name"], "two");
+    one.query("commit").await;
+    one.query("set datestyle = 'German'; set time zone 'Asia/Tokyo'")
+        .await;
+    assert_eq!(
+        (
+            one.parameters["DateStyle"].as_str(),
+            one.parameters["TimeZone"].as_str()
+        ),
+        ("German, DMY", "Asia/Tokyo")
+    );
+    let usual = two.parameters.clone();
+    for _ in 0..3 {
+        two.query("select 1").await;
+        assert_eq!(two.parameters, usual);
+        one.query("select 1").await;
+        assert_eq!(one.parameters["DateStyle"], "German, DMY");
+        assert_eq!(one.parameters["application_name"], "one");
+    }
+    // The default changes under an idle server's feet, as ALTER SYSTEM and a reload do it.
+    let direct = db.connect().await;
+    direct
+        .batch_execute(&format!(
+            "alter role postgres in database {} set time zone 'Europe/Oslo'",
+            db.name
+        ))
+        .await
+        .unwrap();
+    let three = proxy.raw_with(&[("options", "-c work_mem=3MB")]).await;
+    assert_eq!(three.parameters["TimeZone"], "Europe/Oslo");
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn what_only_a_server_can_hold_ties_its_client_and_is_gone_with_it() {
+    let db = fresh_database().await;
+    let holds = [
+        (
+            "create temp table mine (n int)",
+            "select count(*) from mine",
+            "temp_object",
+        ),
+        (
+            "create temporary view mine as select 1",
+            "select count(*) from mine",
+            "temp_object",
+        ),
+        (
+            "select 1 as n into temp mine",
+            "select count(*) from mine",
+            "temp_object",
+        ),
+        (
+            "create table pg_temp.mine (n int)",
+            "select count(*) from mine",
+            "temp_object",
+        ),
+        (
+            "begin; create temp table mine (n int); commit",
+            "select count(*) from mine",
+            "temp_object",
+        ),
+        (
+            "select pg_advisory_lock(991)",
+            "select pg_advisory_unlock(991)::int + 1",
+            "advisory_lock",
+        ),
+        (
+            "begin; declare mine cursor with hold for select 1; commit",
+            "fetch 1 from mine",
+            "hold_cursor",
+        ),
+        ("prepare mine as select 1", "execute mine", "sql_prepare"),
+        ("load 'plpgsql'", "select 1", "load"),
+    ];
+    for (hold, works, reason) in holds {
+        let proxy = Proxy::with_pool(&db, 2).await;
+        let (one, two) = (proxy.connect().await, proxy.connect().await);
+        one.batch_execute(hold).await.unwrap();
+        let pins = format!("flowgate_pins_total{{reason=\"{reason}\"}}");
+        wait_until(hold, PATIENCE, async || proxy.metric(&pins) == 1).await;
+        for _ in 0..3 {
+            let others = try_text(&two, works).await;
+            assert!(
+                reason == "load" || !matches!(&others, Ok(seen) if seen != "1"),
+                "{hold}: seen by another"
+            );
+        }
+        let held = text(&one, works).await;
+        assert!(
+            reason != "advisory_lock" || held == "2",
+            "{hold}: its own client lost it"
+        );
+        one.batch_execute(if reason == "advisory_lock" {
+            hold
+        } else {
+            "select 1"
+        })
+        .await
+        .unwrap();
+        drop(one);
+        // Whoever comes next on any server finds nothing of it.
+        let free = "select count(*) from pg_locks where locktype = 'advisory' and objid = 991";
+        let direct = db.connect().await;
+        wait_until("the lock is let go", PATIENCE, async || {
+            text(&direct, free).await == "0"
+        })
+        .await;
+        let three = proxy.connect().await;
+        two.batch_execute("begin").await.unwrap();
+        let others = try_text(&three, works).await;
+        assert!(
+            matches!(reason, "load" | "advisory_lock") || others.is_err(),
+            "{hold}: left behind"
+        );
+        two.batch_execute("rollback").await.unwrap();
+        proxy.shut_down().await;
+    }
+}
+
+#[tokio::test]
+async fn discard_all_unties() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let (one, two) = (proxy.connect().await, proxy.connect().await);
+    one.batch_execute(
+        "create temp table mine (n int); select pg_advisory_lock(992); prepare mine as select 1",
+    )
+    .await
+    .unwrap();
+    let waiting = async { text(&two, "select 'at last'").await };
+    let untie = async { one.batch_execute("discard all").await.unwrap() };
+    let (answer, ()) = timeout(PATIENCE, futures_util::future::join(waiting, untie))
+        .await
+        .unwrap();
+    assert_eq!(answer, "at last");
+    assert_eq!(
+        sqlstate(try_text(&one, "select * from mine").await),
+        "42P01"
+    );
+    assert_eq!(text(&two, "select pg_try_advisory_lock(992)").await, "t");
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn session_mode_keeps_one_server_for_one_client() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |config| {
+        config.pool.mode = flowgate::config::PoolMode::Session;
+        config.pool.size = 3.try_into().unwrap();
+    })
+    .await;
+    let (one, two) = (proxy.connect().await, proxy.connect().await);
+    let pid = "select pg_backend_pid()";
+    let (first, second) = (text(&one, pid).await, text(&two, pid).await);
+    assert_ne!(first, second);
+    one.batch_execute("create temp table mine as select 1 as n; set work_mem = '1MB'")
+        .await
+        .unwrap();
+    for _ in 0..5 {
+        assert_eq!(
+            (text(&one, pid).await, text(&two, pid).await),
+            (first.clone(), second.clone())
+        );
+    }
+    assert_eq!(text(&one, "select n from mine").await, "1");
+    drop(one);
+    let three = proxy.connect().await;
+    assert!(try_text(&three, "select n from mine").await.is_err());
+    assert_eq!(text(&three, "show work_mem").await, "4MB");
+    proxy.shut_down().await;
+}
+
+/// Thirty clients on three servers, each with settings, transactions, prepared statements and locks of its own, in an order
+/// of chance; after every step each finds exactly what it left. `FLOWGATE_SEED` repeats a run.
+#[tokio::test]
+async fn thirty_clients_on_three_servers_never_meet_anothers_session() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 3).await;
+    let seed = std::env::var("FLOWGATE_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
+    println!("FLOWGATE_SEED={seed}");
+    let direct = db.connect().await;
+    let roles = ["pg_monitor", "pg_read_all_data", "pg_signal_backend"];
+    direct
+        .batch_execute("create table tally (client int, n int); grant all on tally to public")
+        .await
+        .unwrap();
+    let clients = (0..30u64).map(async |me| {
+        let client = proxy.connect().await;
+        let mut chance = Chance(seed ^ me.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        let mut belief = Belief::default();
+        let own = client.prepare(&format!("select {me}::int4, $1::int4")).await.unwrap();
+        let mut written = 0;
+        for step in 0..60 {
+            let value = chance.below(900) + 100;
+            let mut done = String::new();
+            match chance.below(12) {
+                0 => {
+                    client.batch_execute(&format!("set work_mem = '{value}kB'")).await.unwrap();
+                    belief.work_mem = Some(value);
+                }
+                1 => {
+                    client.batch_execute("reset work_mem").await.unwrap();
+                    belief.work_mem = None;
+                }
+                2 => {
+                    client.batch_execute(&format!("set my.own = 'c{me}v{value}'")).await.unwrap();
+                    belief.own = format!("c{me}v{value}");
+                }
+                3 => {
+                    let role = roles[usize::try_from(value % 3).unwrap()];
+                    client.batch_execute(&format!("set role {role}")).await.unwrap();
+                    belief.role = role.to_owned();
+                }
+                4 => {
+                    client.batch_execute("reset role").await.unwrap();
+                    belief.role = "postgres".to_owned();
+                }
+                5 => {
+                    client.batch_execute("begin").await.unwrap();
+                    client.batch_execute(&format!("set work_mem = '{value}kB'")).await.unwrap();
+                    let ending = if chance.below(2) == 0 { "commit" } else { "rollback" };
+                    client.batch_execute(ending).await.unwrap();
+                    if ending == "commit" {
+                        belief.work_mem = Some(value);
+                    }
+                }
+                6 => drop(try_text(&client, "set work_mem = '111kB'; select 1/0").await.unwrap_err()),
+                7 => {
+                    client.batch_execute("discard all").await.unwrap();
+                    belief = Belief::default();
+                }
+                8 => {
+                    client.batch_execute("begin; select pg_advisory_xact_lock(5)").await.unwrap();
+                    client.batch_execute(&format!("insert into tally values ({me}, {step}); set local work_mem = '222kB'")).await.unwrap();
+                    client.batch_execute("commit").await.unwrap();
+                    written += 1;
+                }
+                9 => {
+                    client.batch_execute(&format!("set application_name = 'c{me}'")).await.unwrap();
+                    belief.name = format!("c{me}");
+                }
+                10 => {
+                    client.batch_execute(&format!("create temp table own as select {me} as n")).await.unwrap();
+                    assert_eq!(text(&client, "select n from own").await, me.to_string());
+                    client.batch_execute("discard all").await.unwrap();
+                    belief = Belief::default();
+                }
+                _ => write!(done, "nothing").unwrap(),
+            }
+            // `discard all` has dropped it: a driver would know from its own call.
+            let row = match client.query_one(&own, &[&step]).await {
+                Ok(row) => row,
+                Err(error) if error.code().is_some_and(|code| code.code() == "26000") => {
+                    client.query_one(&format!("select {me}::int4, $1::int4"), &[&step]).await.unwrap()
+                }
+                Err(error) => panic!("seed {seed}, client {me}, step {step}: {error:?}"),
+            };
+            assert_eq!((row.get::<_, i32>(0) as u64, row.get::<_, i32>(1)), (me, step), "seed {seed}");
+            let found = text(&client, "select concat_ws(',', current_setting('work_mem'), coalesce(current_setting('my.own', true), ''), current_user, current_setting('application_name'), to_regclass('own'))").await;
+            assert_eq!(found, belief.to_string(), "seed {seed}, client {me}, step {step}");
+        }
+        let counted = text(&client, &format!("reset role; select count(*) from tally where client = {me}")).await;
+        assert_eq!(counted, written.to_string(), "seed {seed}, client {me}");
+    });
+    timeout(PATIENCE * 4, join_all(clients)).await.unwrap();
+    proxy.shut_down().await;
+}
+
+/// What a client should find.
+struct Belief {
+    work_mem: Option<u64>,
+    own: String,
+    role: String,
+    name: String,
+}
+
+impl Default for Belief {
+    fn default() -> Self {
+        Self {
+            work_mem: None,
+            own: String::new(),
+            role: "postgres".to_owned(),
+            name: String::new(),
+        }
+    }
+}
+
+impl std::fmt::Display for Belief {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let work_mem = self
+            .work_mem
+            .map_or_else(|| "4MB".to_owned(), |kb| format!("{kb}kB"));
+        write!(f, "{work_mem},{},{},{}", self.own, self.role, self.name)
+    }
+}
+
+/// xorshift64*: enough, and the same for the same seed.
+pub(crate) struct Chance(pub(crate) u64);
+
+impl Chance {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 16
+    }
+
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
