@@ -80,7 +80,9 @@ fn tell_routes(screen: &mut Screen, routes: &[(String, u64)]) -> Result<(), Demo
             "flowgate" => "answered by the proxy itself: LISTEN",
             _kept if *count == 0 => continue,
             kept => {
-                let part = format!("{:>17}  of the primary's: {kept}", grouped(*count));
+                let why = kept.strip_prefix("read kept on primary: ").unwrap_or(kept);
+                let count = grouped(*count);
+                let part = format!("{count:>17}  of the primary's were reads of a run: {why}");
                 lines.push(screen.paint(Paint::Dim, &part));
                 continue;
             }
@@ -182,7 +184,7 @@ pub(super) fn tell_places(
         .map(|run| run_topic(run.id))
         .unwrap_or_default();
     let mut tries = vec![
-        format!("psql {proxy} -c 'listen \"{run}@0\"' -c 'select 1'"),
+        format!("psql {proxy} -c 'listen \"{run}@0\"' -c 'select 1' | cut -c 1-150"),
         format!("psql {} -c 'show routes'", places.database("flowgate")),
     ];
     tries.extend(
