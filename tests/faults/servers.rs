@@ -56,7 +56,7 @@ async fn a_server_killed_is_felt_only_by_who_was_using_it() {
     let frames = raw.until_end().await;
     assert_eq!(
         (tags(&frames).as_str(), error_code(&frames).as_deref()),
-        ("E", Some("57P01")),
+        ("TE", Some("57P01")),
         "{}",
         transcript(&frames)
     );
