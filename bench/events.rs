@@ -73,7 +73,7 @@ async fn measure(counts: &[usize]) -> anyhow::Result<()> {
     .await?;
     let primary = cluster.primary_url();
     schema::install(&primary.parse()?, InstallOptions::default()).await?;
-    let (_proxy, through) = serve(&primary).await?;
+    let (proxy, through) = serve(&primary).await?;
 
     println!("| listeners | way | sent → heard p50 | p99 | committed → heard p50 | p99 |");
     println!("|---:|---|---:|---:|---:|---:|");
@@ -98,6 +98,7 @@ async fn measure(counts: &[usize]) -> anyhow::Result<()> {
     println!(
         "\nµs; {ROUNDS} interleaved rounds of {EVENTS} events, one every {EVERY:?}; every listener got every event, in order."
     );
+    drop(proxy);
     cluster.stop().await?;
     Ok(())
 }

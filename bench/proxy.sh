@@ -160,6 +160,7 @@ measure() { # round workload mode clients target
         END { printf "%s %.1f %.1f %d %d %.2f\n", key, tps, sum / NR, rank(0.5), rank(0.99), n ? cpu / n : 0 }' | tee -a "$table" >&2
 }
 
+load=$(cut -d' ' -f1-3 /proc/loadavg)
 say "round workload mode clients target | tps, mean µs, p50 µs, p99 µs, proxy CPU µs a transaction"
 read -ra order <<<"$targets"
 for round in $(seq "$rounds"); do
@@ -179,26 +180,28 @@ done
 
 cat <<TEXT
 $(date -u +%F), $("$flowgate" --version), PgBouncer ${bouncer_version:-none}, $("$bin/postgres" --version | sed 's/ (PostgreSQL)//'), pool of $pool, pgbench scale $scale, fsync off,
-$(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)), Linux $(uname -r); pgbench, Postgres and the proxies share them.
-Medians of $rounds interleaved rounds of $seconds s. Latency in µs, CPU in µs of the proxy's own process a transaction.
+$(nproc) cores ($(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)), Linux $(uname -r | cut -d- -f1); pgbench, Postgres and the proxies share them. Load average before the first round: $load.
+Medians of $rounds interleaved rounds of $seconds s; ratios are medians of each round's own. Latency in µs, CPU in µs of the proxy's own process a transaction.
 
 | workload | protocol | clients | target | TPS | mean | p50 | p99 | CPU | TPS / direct | TPS / PgBouncer | CPU / PgBouncer |
 |---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|
 TEXT
 awk -v workloads="$workloads" -v modes="$modes" -v clients="$clients" -v targets="$targets" '
     { key = $2 " " $3 " " $4 " " $5; n[key]++; for (i = 6; i <= 10; i++) value[key, i, n[key]] = $i }
-    function median(key, field,    i, j, k, sorted, x) {
+    # Of a field, or of its ratio to the same field of another in the same round.
+    function median(key, field, other,    i, j, k, sorted, x) {
         k = n[key]
         for (i = 1; i <= k; i++) {
             x = value[key, field, i]
+            if (other != "") x = value[other, field, i] ? x / value[other, field, i] : 0
             for (j = i; j > 1 && sorted[j - 1] > x; j--) sorted[j] = sorted[j - 1]
             sorted[j] = x
         }
         return k % 2 ? sorted[(k + 1) / 2] : (sorted[k / 2] + sorted[k / 2 + 1]) / 2
     }
     function ratio(key, other, field) {
-        if (key == other || !n[other] || !median(other, field)) return "–"
-        return sprintf("%.2f", median(key, field) / median(other, field))
+        if (key == other || n[other] != n[key]) return "–"
+        return sprintf("%.2f", median(key, field, other))
     }
     END {
         wn = split(workloads, w, " "); mn = split(modes, m, " "); cn = split(clients, c, " "); tn = split(targets, t, " ")

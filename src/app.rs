@@ -282,21 +282,18 @@ fn spawn_plane(
                     tick.tick().await;
                 }
             });
-            let time_is_up = tokio::select! {
+            tokio::select! {
                 served = accept::serve(listener, shared) => {
                     if let Err(error) = served {
                         warn!(%error, "a data-plane thread cannot accept");
                     }
-                    false
+                    // Nobody is waiting if the proxy is being dropped.
+                    let _waited_for = end.send(());
+                    // Other threads may still use servers whose sockets this runtime drives.
+                    drop((&mut stopped).await);
                 }
-                // The sender's drop.
-                _dropped = &mut stopped => true,
-            };
-            // Nobody is waiting if time was up.
-            let _waited_for = end.send(());
-            // Other threads may still use servers whose sockets this runtime drives.
-            if !time_is_up {
-                drop(stopped.await);
+                // The sender's drop: time is up.
+                _dropped = &mut stopped => {}
             }
             standing.abort();
         });

@@ -78,6 +78,9 @@ pub(crate) enum Phase {
     Closed,
     /// An extended request without its Sync yet: what the client sends belongs to it.
     Open,
+    /// An open request that waits for the answers to what it has sent: whether an error was among them decides what the
+    /// server makes of the client's next message.
+    Settling,
     /// COPY FROM STDIN: the client's data flows as it comes.
     CopyIn { extended: bool },
 }
@@ -232,6 +235,12 @@ impl Exchange {
                     continue;
                 }
                 // A server that answered before it had read all (an error in a COPY) still reads the frame to its end.
+                if self.phase == Phase::Settling
+                    && (self.expected.is_empty() || self.error.is_some())
+                {
+                    self.phase = Phase::Open;
+                    return Poll::Ready(Ok(Pause::ClientSpeaks));
+                }
                 if !self.misnamed.is_empty() {
                     return Poll::Ready(Ok(Pause::Misnamed));
                 }
@@ -536,7 +545,7 @@ impl Exchange {
             }
         } else if self.ready.is_none() && !client.input.is_empty() {
             match self.phase {
-                Phase::Closed => {}
+                Phase::Closed | Phase::Settling => {}
                 Phase::Open if holds_a_message(client.input.bytes()) => {
                     return Poll::Ready(Ok(Some(Pause::ClientSpeaks)));
                 }
@@ -567,7 +576,7 @@ impl Exchange {
         }
         let whole = match self.phase {
             Phase::Open => Header::peek(client.input.bytes()).map_or(1, Header::window),
-            Phase::Closed | Phase::CopyIn { .. } => 1,
+            Phase::Closed | Phase::Settling | Phase::CopyIn { .. } => 1,
         };
         match client.poll_fill(cx, whole) {
             Poll::Ready(Ok(_)) => Poll::Ready(Ok(None)),

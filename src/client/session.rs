@@ -25,12 +25,14 @@ use crate::config::Consistency;
 use crate::events::{Delivery, EventsError, Subscriber};
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
 use crate::pool::reset;
-use crate::relay::{self, Exchange, Pause, Phase, RelayError};
+use crate::relay::{self, Exchange, Expected, Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView, Subscription};
 use crate::server::parameters::{Opening, Reported};
 use crate::wire::error_response::{ErrorResponse, field};
 use crate::wire::frame::{self, FrameError, Header};
-use crate::wire::messages::{TxStatus, put_frame, put_parameter_status, put_ready, query_text};
+use crate::wire::messages::{
+    TxStatus, put_empty, put_frame, put_parameter_status, put_ready, query_text,
+};
 use crate::wire::quote;
 use crate::wire::stream::Stream;
 
@@ -69,6 +71,8 @@ pub(super) struct Session {
     writing: Option<Writing>,
     /// The run that the request under way reads on the primary.
     shown: Option<RunRef>,
+    /// The open request's answers so far are known: see `Phase::Settling`.
+    settled: bool,
     /// The request was cancelled while it waited for a replica.
     cancelled: bool,
     /// The lease is a replica's.
@@ -134,6 +138,7 @@ impl Session {
             bound: 0,
             writing: None,
             shown: None,
+            settled: false,
             cancelled: false,
             on_replica: false,
             lease_replica: None,
@@ -608,7 +613,23 @@ impl Session {
                 self.take_survey(Source::Input, len, end);
                 self.put_batch(Source::Input, len, end, effects);
             }
-            // A Query before the Sync: Postgres takes it, and answers with a ReadyForQuery of its own.
+            // A Query before the Sync. After an error the server ignores it; otherwise it runs it and says ReadyForQuery, which
+            // ends the request here as well.
+            Unit::Query(header) | Unit::FunctionCall(header) if self.exchange.error.is_some() => {
+                self.skip(header.whole).await?
+            }
+            Unit::Query(_) | Unit::FunctionCall(_) if !std::mem::take(&mut self.settled) => {
+                self.settled = true;
+                if let Some(lease) = self.lease.as_mut() {
+                    // An answer that comes after all others: closing a portal that is not there.
+                    put_frame(&mut lease.stream.output, b'C', |out| {
+                        out.extend_from_slice(b"Pflowgate_none\0")
+                    });
+                    put_empty(&mut lease.stream.output, b'H');
+                }
+                self.exchange.expected.push_back(Expected::OursClosed(None));
+                self.exchange.phase = Phase::Settling;
+            }
             Unit::Query(header) => {
                 let bytes = self.client.input.bytes();
                 let text = bytes
@@ -621,11 +642,15 @@ impl Session {
                 if let Some(lease) = self.lease.as_mut() {
                     lease.unnamed = None;
                 }
-                // After an error the server ignores it up to the Sync, so the request stays open.
                 self.exchange.upload = header.whole;
+                self.exchange.phase = Phase::Closed;
+            }
+            Unit::FunctionCall(header) => {
+                self.exchange.upload = header.whole;
+                self.exchange.phase = Phase::Closed;
             }
             // Data for a COPY may come before the server has asked for it; the server ignores what it does not want.
-            Unit::FunctionCall(header) | Unit::Stray(header) => self.exchange.upload = header.whole,
+            Unit::Stray(header) => self.exchange.upload = header.whole,
             Unit::Terminate => {
                 return Err(SessionError::ClientGone(io::Error::new(
                     io::ErrorKind::UnexpectedEof,

@@ -552,8 +552,20 @@ impl Drop for Checkout {
 }
 
 async fn abandon(key: &ServerKey) {
-    if let Err(error) = send_cancel(key, ABANDON_MAX).await {
-        warn!(host = %key.host, port = key.port, %error, "could not cancel an abandoned query");
+    match send_cancel(key, ABANDON_MAX).await {
+        Ok(()) => {}
+        // The server is going or gone, and the query with it.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            debug!(host = %key.host, port = key.port, %error, "nobody left to cancel at");
+        }
+        Err(error) => {
+            warn!(host = %key.host, port = key.port, %error, "could not cancel an abandoned query");
+        }
     }
 }
 

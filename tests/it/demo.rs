@@ -1,6 +1,7 @@
 //! `flowgate demo` as a visitor runs it: it tells the truth about a small folder, and leaves nothing behind, whenever it is
 //! told to stop.
 
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -73,17 +74,18 @@ impl Demo {
 
     /// It ends, and with it all it started and made.
     async fn ended(mut self) -> ExitStatus {
-        let mut status = None;
+        let child = RefCell::new(&mut self.child);
+        let status = Cell::new(None);
         wait_until("the demo ends", PATIENCE, async || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
+            status.set(child.borrow_mut().try_wait().unwrap());
+            status.get().is_some()
         })
         .await;
         let root = self.temp.path();
         assert_eq!(processes_of(root), Vec::<String>::new());
         let left: Vec<_> = fs::read_dir(root).unwrap().flatten().collect();
         assert!(left.is_empty(), "left behind: {left:?}");
-        status.unwrap()
+        status.get().unwrap()
     }
 }
 
@@ -165,7 +167,7 @@ async fn a_demo_counts_the_words_of_a_folder_and_follows_every_event() {
     assert!(status.success(), "{status}\n{output}");
     let folder = folder.path().canonicalize().unwrap();
     let result = format!(
-        "10 words (4 different) in 3 text files under {}",
+        "9 words (4 different) in 3 text files under {}",
         folder.display()
     );
     assert!(output.contains(&result), "{output}");
@@ -174,7 +176,7 @@ async fn a_demo_counts_the_words_of_a_folder_and_follows_every_event() {
         .skip_while(|line| !line.contains(&result))
         .nth(1);
     let top: Vec<&str> = top.unwrap().split_whitespace().collect();
-    assert_eq!(top, ["5", "pelican", "3", "heron", "1", "fn", "1", "stork"]);
+    assert_eq!(top, ["5", "pelican", "2", "heron", "1", "fn", "1", "stork"]);
     assert!(
         output.contains("all 20 of 20 events came, in order, none missing"),
         "{output}"
@@ -243,7 +245,7 @@ async fn a_demo_stays_up_until_told_and_what_it_keeps_is_there_again() {
         };
         let results: Vec<Value> = json.map(read).collect();
         assert_eq!(i64::try_from(results.len()), Ok(attempt));
-        assert!(results.iter().all(|result| result["words"] == 10));
+        assert!(results.iter().all(|result| result["words"] == 9));
     }
 }
 

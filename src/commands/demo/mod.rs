@@ -274,7 +274,14 @@ async fn play(args: &Args, stage: &mut Stage, screen: &mut Screen) -> Result<Ver
         Some(http) => format!(", HTTP on {http}"),
         None => String::new(),
     };
-    done(screen, &format!("proxy on {}{http}", places.proxy))?;
+    let wanted: Result<SocketAddr, _> = LISTEN.parse();
+    let elsewhere = args.listen.is_none() && wanted.is_ok_and(|wanted| wanted != places.proxy);
+    let taken = if elsewhere {
+        format!(" ({LISTEN} is taken)")
+    } else {
+        String::new()
+    };
+    done(screen, &format!("proxy on {}{taken}{http}", places.proxy))?;
 
     let mut starter = Link::new(places.proxy, "flowgate demo");
     let defined = flow::define(&mut starter).await;

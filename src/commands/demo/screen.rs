@@ -37,6 +37,17 @@ impl Screen {
         }
     }
 
+    /// Lines only, whatever the tests run in.
+    #[cfg(test)]
+    pub(super) fn plain() -> Self {
+        Self {
+            out: io::stdout(),
+            live: false,
+            colours: false,
+            drawn: 0,
+        }
+    }
+
     pub(super) fn paint(&self, paint: Paint, text: &str) -> String {
         if !self.colours {
             return text.to_owned();

@@ -75,18 +75,20 @@ fn tell_routes(screen: &mut Screen, routes: &[(String, u64)]) -> Result<(), Demo
     let mut lines = Vec::new();
     for (to, count) in routes {
         let what = match to.as_str() {
-            "primary" => "writes: the worker's polls, starts and completions; define, start",
-            "replica" => "the reader's get_run_with_states, fresh enough for what it had seen",
+            "primary" => "the worker's polls, starts and completions; define, start",
+            "replica" => "get_run_with_states, when fresh enough for what was written before",
             "flowgate" => "answered by the proxy itself: LISTEN",
             _kept if *count == 0 => continue,
-            _kept => "",
+            kept => {
+                let why = kept.strip_prefix("read kept on primary: ").unwrap_or(kept);
+                let count = grouped(*count);
+                let part = format!("{count:>17}  of the primary's were reads of a run: {why}");
+                lines.push(screen.paint(Paint::Dim, &part));
+                continue;
+            }
         };
-        let count = grouped(*count);
-        lines.push(
-            format!("{to:<9} {count:>7}  {}", screen.paint(Paint::Dim, what))
-                .trim_end()
-                .to_owned(),
-        );
+        let what = screen.paint(Paint::Dim, what);
+        lines.push(format!("{to:<9} {:>7}  {what}", grouped(*count)));
     }
     let read = routes
         .iter()
@@ -182,7 +184,7 @@ pub(super) fn tell_places(
         .map(|run| run_topic(run.id))
         .unwrap_or_default();
     let mut tries = vec![
-        format!("psql {proxy} -c 'listen \"{run}@0\"' -c 'select 1'"),
+        format!("psql {proxy} -c 'listen \"{run}@0\"' -c 'select 1' | cut -c 1-150"),
         format!("psql {} -c 'show routes'", places.database("flowgate")),
     ];
     tries.extend(

@@ -248,11 +248,12 @@ impl RunView {
                 Some(tasks) if at == MAP => bar(step.done, tasks),
                 Some(_) | None => String::new(),
             };
-            lines.push(format!(
+            let line = format!(
                 "{branch} {} {slug:<13}{:>8}  {bar}",
                 mark(step.status, screen),
                 took.unwrap_or_default(),
-            ));
+            );
+            lines.push(line.trim_end().to_owned());
         }
         lines
     }
@@ -352,16 +353,15 @@ mod tests {
                 "  +1.600 s      5 of 8 tasks of count_words"
             ]
         );
-        let screen = Screen::new();
-        assert!(!screen.live, "tests have no terminal");
+        let screen = Screen::plain();
         assert_eq!(
             tree.picture(&screen, at(2_000)),
             [
                 "▶ run abc00000    2.00 s  2 events in order, 5/8 tasks",
-                "├─ · list_files           ",
+                "├─ · list_files",
                 "├─ ▶ count_words    0.50 s  ███████████████░░░░░░░░░ 5/8",
-                "├─ · top_words            ",
-                "└─ · write_result         ",
+                "├─ · top_words",
+                "└─ · write_result",
             ]
         );
         assert!(!tree.is_over());
@@ -396,7 +396,7 @@ mod tests {
     fn many_runs_are_a_line_each_and_not_more_than_fit() {
         let start = Instant::now();
         let ids: Vec<Uuid> = (0..40).map(Uuid::from_u128).collect();
-        let picture = Tree::new(&ids, start).picture(&Screen::new(), start);
+        let picture = Tree::new(&ids, start).picture(&Screen::plain(), start);
         assert_eq!(picture.len(), LINES_MAX + 1);
         assert_eq!(picture[LINES_MAX], "… and 24 more, 0 of them over");
     }
