@@ -102,6 +102,8 @@ fn leading(s: Words<'_>, out: &mut Vec<Effect>) {
         "alter" if s.is(1, "database") => named(2, Effect::NeedsDatabaseAlone),
         "create" if s.is(1, "database") => {
             let Some(at) = (2..s.tokens.len()).find(|&at| s.is(at, "template")) else {
+                // The default. (sql-createdatabase.html)
+                out.push(Effect::NeedsDatabaseAlone("template1".to_owned()));
                 return;
             };
             let at = if s.operator(at + 1, b"=") {
