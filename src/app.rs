@@ -148,6 +148,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
             consistency: config.route.consistency,
         },
         replica_wait: config.route.replica_wait,
+        asks_for_draws: false.into(),
         counters: Counters::new(&registry),
         running: watching,
     });

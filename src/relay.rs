@@ -88,12 +88,12 @@ pub(crate) enum Phase {
 /// The answer a message will have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Expected {
-    /// The client's own Parse of a named statement, as the server knows it.
-    Parsed(StatementId),
+    /// The client's own Parse of a named statement, as the server knows it, and the stamp of that Parse.
+    Parsed(StatementId, u64),
     ParsedUnnamed(UnnamedOwner),
     Closed(Option<StatementId>),
     /// A Parse or Close of ours; its answer is swallowed.
-    OursParsed(StatementId),
+    OursParsed(StatementId, u64),
     OursParsedUnnamed(UnnamedOwner),
     OursOther,
     OursClosed(Option<StatementId>),
@@ -102,8 +102,8 @@ pub(crate) enum Expected {
 impl Expected {
     fn is_ours(self) -> bool {
         match self {
-            Self::Parsed(_) | Self::ParsedUnnamed(_) | Self::Closed(_) => false,
-            Self::OursParsed(_)
+            Self::Parsed(..) | Self::ParsedUnnamed(_) | Self::Closed(_) => false,
+            Self::OursParsed(..)
             | Self::OursParsedUnnamed(_)
             | Self::OursOther
             | Self::OursClosed(_) => true,
@@ -654,7 +654,9 @@ fn gone(why: &'static str) -> RelayError {
 
 fn confirm(server: &mut ServerConn, answer: Expected) {
     match answer {
-        Expected::Parsed(id) | Expected::OursParsed(id) => server.learn_statement(id),
+        Expected::Parsed(id, stamp) | Expected::OursParsed(id, stamp) => {
+            server.learn_statement(id, stamp)
+        }
         Expected::ParsedUnnamed(owner) | Expected::OursParsedUnnamed(owner) => {
             server.unnamed = Some(owner)
         }

@@ -336,6 +336,7 @@ fn inner(s: Words<'_>, at: usize) -> Option<Effect> {
                 return None;
             }
             match name.as_str() {
+                "currval" | "lastval" => Some(Effect::SequenceValue),
                 "pg_advisory_lock"
                 | "pg_advisory_lock_shared"
                 | "pg_try_advisory_lock"
@@ -357,8 +358,8 @@ fn inner(s: Words<'_>, at: usize) -> Option<Effect> {
             }
         }
         b'c' | b'C' | b'l' | b'L' if s.punct(at + 1, b'(') => {
-            let drawn = token.is_word(s.text, "currval") || token.is_word(s.text, "lastval");
-            drawn.then_some(Effect::SequenceValue)
+            let name = token.name(s.text)?;
+            matches!(name.as_str(), "currval" | "lastval").then_some(Effect::SequenceValue)
         }
         b'd' | b'D' if s.punct(at + 1, b'(') => {
             let name = token.name(s.text)?;

@@ -54,7 +54,8 @@ pub(super) async fn scram(
         .map_err(|_not_utf8| SessionError::Protocol("malformed SCRAM message"))?;
     let (proof, keys) = exchange.finish(last).map_err(|e| failed(e, user))?;
     put_authentication(&mut client.output, SASL_FINAL, proof.as_bytes());
-    Ok(Credentials::Keys(Arc::new(keys)))
+    let password = verifiers.password(user).map(Credentials::Password);
+    Ok(password.unwrap_or_else(|| Credentials::Keys(Arc::new(keys))))
 }
 
 fn failed(error: ScramError, user: &str) -> SessionError {

@@ -30,8 +30,8 @@ pub(super) struct Statement {
 /// A client's name for a statement.
 struct Named {
     statement: Arc<Statement>,
-    /// Its Parse was answered here: the first server that is to run it parses it anew, as one would have then.
-    deferred: bool,
+    /// The stamp of its Parse. A server that parsed the text before that may have planned it for a table that has changed.
+    parsed: u64,
 }
 
 /// Statements by text, across clients; forgets those no client has any more.
@@ -40,6 +40,7 @@ pub(crate) struct StatementRegistry {
     texts: Mutex<HashMap<u64, Vec<Weak<Statement>>>>,
     hasher: RandomState,
     next: AtomicU64,
+    stamps: AtomicU64,
 }
 
 impl StatementRegistry {
@@ -50,7 +51,13 @@ impl StatementRegistry {
             texts: Mutex::default(),
             hasher: RandomState::new(),
             next: AtomicU64::new(0),
+            stamps: AtomicU64::new(0),
         }
+    }
+
+    /// Numbers Parses in the order in which they are sent.
+    fn stamp(&self) -> u64 {
+        self.stamps.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     fn has_proven(&self, parse: &Parse<'_>) -> bool {
@@ -233,7 +240,7 @@ impl Prepared {
                             parse.name.into(),
                             Named {
                                 statement,
-                                deferred: true,
+                                parsed: registry.stamp(),
                             },
                         );
                     }
@@ -297,6 +304,7 @@ impl Prepared {
                 plain,
                 server,
                 expected,
+                registry,
             };
             match header.tag {
                 b'P' => match Parse::read(body) {
@@ -403,11 +411,10 @@ impl Prepared {
         let statement = registry.intern(parse, analysis);
         // A client that prepares anew wants the text planned anew: a table may have changed.
         step.put_parse(&statement);
-        step.expected.push_back(Expected::Parsed(statement.id));
-        let named = Named {
-            statement,
-            deferred: false,
-        };
+        let parsed = registry.stamp();
+        step.expected
+            .push_back(Expected::Parsed(statement.id, parsed));
+        let named = Named { statement, parsed };
         let before = self.named.insert(parse.name.into(), named);
         self.undo.push(Undo::Named(parse.name.into(), before));
     }
@@ -417,7 +424,7 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        let Some(named) = self.named.get_mut(bind.statement) else {
+        let Some(named) = self.named.get(bind.statement) else {
             return step.pass();
         };
         step.bring(named);
@@ -455,7 +462,7 @@ impl Prepared {
             self.bring_unnamed(step);
             return step.pass();
         }
-        let Some(named) = self.named.get_mut(target.name) else {
+        let Some(named) = self.named.get(target.name) else {
             return step.pass();
         };
         step.bring(named);
@@ -532,6 +539,7 @@ struct Step<'a> {
     plain: bool,
     server: &'a mut ServerConn,
     expected: &'a mut std::collections::VecDeque<Expected>,
+    registry: &'a StatementRegistry,
 }
 
 impl Step<'_> {
@@ -541,20 +549,19 @@ impl Step<'_> {
         }
     }
 
-    /// Sends a statement ahead if the server lacks it, or if its Parse is still owed.
-    fn bring(&mut self, named: &mut Named) {
+    /// Sends a statement ahead if the server lacks it, or has it from before the client's own Parse.
+    fn bring(&mut self, named: &Named) {
         let statement = &named.statement;
-        let owed = std::mem::take(&mut named.deferred);
-        let underway = [
-            Expected::Parsed(statement.id),
-            Expected::OursParsed(statement.id),
-        ];
-        let known = self.server.statements.knows(statement.id) && !owed;
-        if known || self.expected.iter().any(|answer| underway.contains(answer)) {
+        let underway = |answer: &Expected| matches!(answer, Expected::Parsed(id, _) | Expected::OursParsed(id, _) if *id == statement.id);
+        if self.server.statements.knows(statement.id, named.parsed)
+            || self.expected.iter().any(underway)
+        {
             return;
         }
         self.put_parse(statement);
-        self.expected.push_back(Expected::OursParsed(statement.id));
+        let parsed = self.registry.stamp();
+        self.expected
+            .push_back(Expected::OursParsed(statement.id, parsed));
     }
 
     /// A Parse under the server's name, whatever the server holds under it: closing what is not there is no error.

@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -475,21 +476,19 @@ impl Session {
         Ok(())
     }
 
-    /// A sequence's last value belongs to the session that drew it. A server that somebody else used last holds theirs, and not
-    /// this client's: better none than a wrong one. (functions-sequence.html)
+    /// A sequence's last value belongs to the session that drew it. Where others have drawn as well, better none than a wrong
+    /// one; and from now on every server that changes hands forgets what was drawn. (functions-sequence.html)
     async fn forget_others_draws(&mut self) -> Result<(), SessionError> {
+        self.shared.asks_for_draws.store(true, Ordering::Relaxed);
         let Some(lease) = self
             .lease
             .as_mut()
-            .filter(|lease| lease.last_client != self.id)
+            .filter(|lease| lease.mixed_draws && lease.tx != TxStatus::Failed)
         else {
             return Ok(());
         };
-        if lease.tx == TxStatus::Idle {
-            let forgotten = reset::command(lease, "DISCARD SEQUENCES").await;
-            forgotten.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))?;
-        }
-        Ok(())
+        let forgotten = reset::forget_draws(lease).await;
+        forgotten.map_err(|_gone| SessionError::Relay(RelayError::ServerClosed))
     }
 
     /// A server that is asked what this session listens to has to listen to it; for the length of the request. Inside a
@@ -891,6 +890,15 @@ impl Session {
                 }
             }
             lease.settings = Arc::clone(&self.state.settings);
+        }
+        if lease.last_client != 0 && lease.last_client != self.id {
+            lease.mixed_draws = true;
+            if self.shared.asks_for_draws.load(Ordering::Relaxed) {
+                if let Err(error) = reset::forget_draws(&mut lease).await {
+                    self.key.slot.release().await;
+                    return Err(CheckoutError::Settings(error));
+                }
+            }
         }
         // A replica reports that it is one; the client talks to the primary, as far as it knows.
         if upstream == PRIMARY && !self.reported.same_as(&lease.reported) {

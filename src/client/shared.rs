@@ -2,7 +2,7 @@
 //! `app.rs`; holds no state of its own beyond counters.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::watch;
 
@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub(crate) started: tokio::time::Instant,
     pub(crate) route: RouteSettings,
     pub(crate) replica_wait: std::time::Duration,
+    /// Some client has asked for the value it drew from a sequence.
+    pub(crate) asks_for_draws: AtomicBool,
     pub(crate) counters: Counters,
     pub(crate) running: watch::Receiver<Running>,
 }

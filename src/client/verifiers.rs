@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -31,12 +32,18 @@ const APPLICATION: &str = "flowgate auth";
 const SALT_LEN: usize = 16;
 
 pub(crate) struct Verifiers {
-    file: HashMap<String, Verifier>,
+    file: HashMap<String, Secret>,
     control: ConnectUrl,
     query: String,
     client: Mutex<Option<tokio_postgres::Client>>,
     /// Makes mock verifiers of unknown users.
     pub(super) mock_secret: [u8; 32],
+}
+
+/// What the users file says of a user.
+struct Secret {
+    verifier: Verifier,
+    password: Option<Arc<str>>,
 }
 
 impl Verifiers {
@@ -57,10 +64,17 @@ impl Verifiers {
         })
     }
 
+    /// The plain password of `user`, where the users file has it: it logs in to Postgres as well, whose salt is another.
+    pub(super) fn password(&self, user: &str) -> Option<Arc<str>> {
+        self.file
+            .get(user)
+            .and_then(|secret| secret.password.clone())
+    }
+
     /// The verifier of `user`; `None` for an unknown user, or one without a SCRAM password.
     pub(crate) async fn find(&self, user: &str) -> Result<Option<Verifier>, VerifierError> {
-        if let Some(verifier) = self.file.get(user) {
-            return Ok(Some(verifier.clone()));
+        if let Some(secret) = self.file.get(user) {
+            return Ok(Some(secret.verifier.clone()));
         }
         if self.query.is_empty() {
             return Ok(None);
@@ -106,7 +120,7 @@ impl Verifiers {
 }
 
 /// `"user" "secret"` a line, as PgBouncer's `userlist.txt`; the secret a SCRAM verifier or a plain password.
-fn read_users(path: &Path) -> Result<HashMap<String, Verifier>, VerifierError> {
+fn read_users(path: &Path) -> Result<HashMap<String, Secret>, VerifierError> {
     let text = std::fs::read_to_string(path).map_err(VerifierError::File)?;
     let mut users = HashMap::new();
     for (at, line) in text.lines().enumerate() {
@@ -115,16 +129,22 @@ fn read_users(path: &Path) -> Result<HashMap<String, Verifier>, VerifierError> {
             continue;
         }
         let (user, secret) = read_line(line).ok_or(VerifierError::Line(at + 1))?;
-        let verifier = match Verifier::parse(&secret) {
-            Some(verifier) => verifier,
+        let known = match Verifier::parse(&secret) {
+            Some(verifier) => Secret {
+                verifier,
+                password: None,
+            },
             None => {
                 let mut salt = vec![0; SALT_LEN];
                 getrandom::fill(&mut salt)
                     .map_err(|e| VerifierError::File(std::io::Error::other(e)))?;
-                Verifier::of_password(&secret, salt)
+                Secret {
+                    verifier: Verifier::of_password(&secret, salt),
+                    password: Some(secret.into()),
+                }
             }
         };
-        users.insert(user, verifier);
+        users.insert(user, known);
     }
     Ok(users)
 }

@@ -48,6 +48,13 @@ pub(crate) async fn discard(server: &mut ServerConn) -> Result<(), ResetError> {
     Ok(())
 }
 
+/// Forgets what was drawn from sequences, by whomever. (sql-discard.html)
+pub(crate) async fn forget_draws(server: &mut ServerConn) -> Result<(), ResetError> {
+    command(server, "DISCARD SEQUENCES").await?;
+    server.mixed_draws = false;
+    Ok(())
+}
+
 /// Rolls back what is open, keeping the session's state.
 pub(crate) async fn roll_back(server: &mut ServerConn) -> Result<(), ResetError> {
     if server.tx != TxStatus::Idle {

@@ -58,6 +58,8 @@ pub(crate) struct ServerConn {
     pub(crate) unnamed: Option<UnnamedOwner>,
     /// The client that used it last; clients are numbered from 1.
     pub(crate) last_client: u64,
+    /// More than one client may have drawn from sequences here.
+    pub(crate) mixed_draws: bool,
     /// Our books and the server's differ: not to be used again.
     pub(crate) unfit: bool,
     pub(crate) opened_at: Instant,
@@ -66,8 +68,8 @@ pub(crate) struct ServerConn {
 
 impl ServerConn {
     /// The server holds this statement now.
-    pub(crate) fn learn_statement(&mut self, id: StatementId) {
-        if let Some(evicted) = self.statements.insert(id) {
+    pub(crate) fn learn_statement(&mut self, id: StatementId, parsed: u64) {
+        if let Some(evicted) = self.statements.insert(id, parsed) {
             self.to_close.push(evicted.server_name());
         }
     }
@@ -76,27 +78,42 @@ impl ServerConn {
 /// The named statements a server holds, least recently used first out.
 #[derive(Default)]
 pub(crate) struct Statements {
-    /// Statement → when it was last wanted, counted in wants.
-    known: HashMap<StatementId, u64>,
+    known: HashMap<StatementId, Known>,
     wants: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Known {
+    /// When it was last wanted, counted in wants.
+    wanted: u64,
+    /// The stamp of its Parse: later Parses have larger ones, on whatever server.
+    parsed: u64,
 }
 
 /// Statements kept a server; Postgres pays some 10–100 kB of memory for each.
 const STATEMENTS_MAX: usize = 500;
 
 impl Statements {
-    pub(crate) fn knows(&mut self, id: StatementId) -> bool {
+    /// Whether the server has `id`, parsed at `since` or later.
+    pub(crate) fn knows(&mut self, id: StatementId, since: u64) -> bool {
         self.wants += 1;
-        self.known
+        let known = self
+            .known
             .get_mut(&id)
-            .map(|last| *last = self.wants)
-            .is_some()
+            .filter(|known| known.parsed >= since);
+        known.map(|known| known.wanted = self.wants).is_some()
     }
 
     /// Notes that the server has `id`; returns a statement to be closed if that is one too many.
-    pub(crate) fn insert(&mut self, id: StatementId) -> Option<StatementId> {
+    pub(crate) fn insert(&mut self, id: StatementId, parsed: u64) -> Option<StatementId> {
         self.wants += 1;
-        self.known.insert(id, self.wants);
+        self.known.insert(
+            id,
+            Known {
+                wanted: self.wants,
+                parsed,
+            },
+        );
         if self.known.len() <= STATEMENTS_MAX {
             return None;
         }
@@ -104,7 +121,7 @@ impl Statements {
             .known
             .iter()
             .filter(|(known, _)| **known != id)
-            .min_by_key(|(_, last)| **last);
+            .min_by_key(|(_, known)| known.wanted);
         let oldest = oldest.map(|(known, _)| *known)?;
         self.known.remove(&oldest);
         Some(oldest)
@@ -131,10 +148,11 @@ mod tests {
     fn the_least_recently_wanted_statement_goes_first() {
         let mut statements = Statements::default();
         for number in 0..STATEMENTS_MAX as u64 {
-            assert_eq!(statements.insert(id(number)), None);
+            assert_eq!(statements.insert(id(number), 1), None);
         }
-        assert!(statements.knows(id(0)));
-        assert_eq!(statements.insert(id(9_999)), Some(id(1)));
-        assert!(!statements.knows(id(1)));
+        assert!(statements.knows(id(0), 1));
+        assert_eq!(statements.insert(id(9_999), 1), Some(id(1)));
+        assert!(!statements.knows(id(1), 1));
+        assert!(!statements.knows(id(0), 2), "parsed before that");
     }
 }

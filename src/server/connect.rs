@@ -157,6 +157,7 @@ impl Connector {
             to_close: Vec::new(),
             unnamed: None,
             last_client: 0,
+            mixed_draws: false,
             unfit: false,
             opened_at: now,
             idle_since: now,

@@ -349,12 +349,7 @@ async fn random_bytes_hurt_nobody() {
         let logged_in = round % 3 != 0;
         if logged_in && round % 2 == 0 {
             // Right lengths, wrong bodies, mostly known tags.
-            // FIXME: a Query or FunctionCall behind an extended message that failed is waited for in vain.
-            let tags: &[u8] = if chance.below(2) == 0 {
-                b"PBDECSHdcfp!"
-            } else {
-                b"QFSdcf"
-            };
+            let tags: &[u8] = b"QPBDECSHFdcfp!";
             let many = (0..chance.below(6)).flat_map(|_| {
                 let body: Vec<u8> = (0..chance.below(40))
                     .map(|_| (chance.next() % 7 * 37) as u8)
