@@ -109,8 +109,8 @@ impl Raw {
                 self.note(&frame);
                 return Some(frame);
             }
-            let mut chunk = [0; 16 * 1024];
-            let read = timeout(PATIENCE, self.stream.read(&mut chunk))
+            self.read.reserve(16 * 1024);
+            let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read))
                 .await
                 .expect("the peer says something");
             match read {
@@ -118,7 +118,7 @@ impl Raw {
                     assert!(self.read.is_empty(), "the stream ends within a message");
                     return None;
                 }
-                Ok(count) => self.read.extend_from_slice(&chunk[..count]),
+                Ok(_more) => {}
             }
         }
     }
@@ -165,13 +165,13 @@ impl Raw {
     /// `count` bytes outside any message, such as the answer to SSLRequest.
     pub(crate) async fn bytes(&mut self, count: usize) -> Vec<u8> {
         while self.read.len() < count {
-            let mut chunk = [0; 1024];
-            let read = timeout(PATIENCE, self.stream.read(&mut chunk))
+            self.read.reserve(1024);
+            let read = timeout(PATIENCE, self.stream.read_buf(&mut self.read))
                 .await
                 .expect("the peer says something");
             match read {
                 Ok(0) | Err(_) => break,
-                Ok(got) => self.read.extend_from_slice(&chunk[..got]),
+                Ok(_more) => {}
             }
         }
         let count = count.min(self.read.len());
