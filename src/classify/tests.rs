@@ -635,7 +635,10 @@ fn what_ties_a_session_to_its_server_is_seen() {
     );
     effects("load 'x'", "1 Load");
     effects("create database x", "1 NeedsDatabaseAlone(template1)");
-    effects("create database x with template = y", "1 NeedsDatabaseAlone(y)");
+    effects(
+        "create database x with template = y",
+        "1 NeedsDatabaseAlone(y)",
+    );
     effects("copy t from stdin", "1 Copy");
     effects(
         "begin; set x = 1; commit",

@@ -515,8 +515,22 @@ impl Cluster {
         }
     }
 
-    /// Starts a stopped server on its port and waits until it answers.
+    /// Starts a stopped server on its port and waits until it answers. After a kill its backends may outlive the postmaster
+    /// for a moment, and no server starts on their shared memory.
     async fn launch(&mut self, n: usize) -> Result<(), EmbeddedError> {
+        let deadline = Instant::now() + START_WAIT_MAX;
+        loop {
+            match self.launch_once(n).await {
+                Err(EmbeddedError::Start { log, .. })
+                    if log.contains("pre-existing shared memory block")
+                        && Instant::now() < deadline => {}
+                launched => return launched,
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn launch_once(&mut self, n: usize) -> Result<(), EmbeddedError> {
         let args = self.arguments(n);
         let server = &mut self.servers[n];
         let path = self.guard.root().join(format!("{}.log", server.name));
