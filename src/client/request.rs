@@ -119,6 +119,11 @@ impl Grouping {
         }
     }
 
+    /// Bytes of the whole messages of a batch whose end has not come.
+    pub(crate) fn gathered(&self) -> usize {
+        self.scanned
+    }
+
     /// The same inside an open request: messages are taken as they come, not only at a Sync or Flush.
     pub(crate) fn next_open(&mut self, bytes: &[u8]) -> Result<Unit, FrameError> {
         match self.next(bytes)? {

@@ -89,6 +89,27 @@ impl Survey {
         }
     }
 
+    /// What must be seen to before a server gets the batch: also of what it only prepares, since describing an EXECUTE looks
+    /// for its statement.
+    pub(super) fn needs(&self) -> impl Iterator<Item = &Effect> {
+        let bound = self.bound.iter().map(|(analysis, _)| analysis);
+        let all = self
+            .parsed
+            .iter()
+            .chain(bound)
+            .flat_map(|analysis| &analysis.effects);
+        all.filter(|effect| {
+            matches!(
+                effect,
+                Effect::NeedsDatabaseAlone(_)
+                    | Effect::Execute(_)
+                    | Effect::Deallocate(_)
+                    | Effect::ListeningChannels
+                    | Effect::SequenceValue
+            )
+        })
+    }
+
     /// What running the batch does to the session.
     pub(super) fn effects(&self) -> impl Iterator<Item = &Effect> {
         let bound = self

@@ -318,8 +318,8 @@ impl Session {
             return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
         }
         self.shared.counters.to_primary.inc();
-        let effects: Vec<_> = self.survey.effects().cloned().collect();
-        self.make_ready_for(&effects).await?;
+        let needs: Vec<_> = self.survey.needs().cloned().collect();
+        self.make_ready_for(&needs).await?;
         self.begin_extended();
         let before = self.tx();
         self.put_batch(source, len, end);

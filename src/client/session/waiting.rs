@@ -5,13 +5,14 @@
 use std::future::poll_fn;
 use std::io;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{Session, whole_length};
 use crate::classify::RunRef;
 use crate::client::error::SessionError;
-use crate::client::request::{BatchEnd, Unit};
+use crate::client::request::{BatchEnd, Grouping, Unit};
 use crate::client::shared::Running;
 use crate::events::{Delivery, Subscriber};
 use crate::pool::checkout::Checkout;
@@ -22,6 +23,8 @@ use crate::wire::frame;
 use crate::wire::messages::{TxStatus, put_ready};
 use crate::wire::stream::Stream;
 
+/// How long messages of the extended protocol wait for more of their request before they go on without it.
+const UNSYNCED_WAIT: Duration = Duration::from_millis(10);
 /// Between requests: notifications leave in pieces of this size, and no frame of the server's own may be longer.
 const ASIDE_MAX: usize = 1024 * 1024;
 
@@ -37,6 +40,8 @@ impl Session {
             if self.tx() == TxStatus::Idle && *self.running.borrow() != Running::Serving {
                 return Err(SessionError::Shutdown);
             }
+            // Whole messages without a Sync or Flush: an error in them is due at once, so they do not wait for ever.
+            let gathered = self.grouping.gathered();
             let wait = Waiting {
                 client: &mut self.client,
                 lease: self.lease.as_mut(),
@@ -46,6 +51,10 @@ impl Session {
             let woken = tokio::select! {
                 biased;
                 woken = wait.woken() => woken?,
+                () = tokio::time::sleep(UNSYNCED_WAIT), if gathered > 0 => {
+                    self.grouping = Grouping::default();
+                    return Ok(Unit::Batch { len: gathered, end: BatchEnd::Flush });
+                }
                 changed = self.running.changed() => {
                     if changed.is_err() {
                         return Err(SessionError::Shutdown);
