@@ -1,6 +1,6 @@
 //! The cancel keys we hand out and the servers they stand for at this moment. A key works only while its client holds a
 //! server (or waits for one), and a server is let go only after every cancel in flight towards it has landed: a late
-//! cancel can never hit the next client's query. Called by `client/startup.rs` (requests) and `client/session.rs`.
+//! cancel can never hit the next client's query. Called by `client/startup.rs` (requests) and `client/session`.
 
 use std::collections::HashMap;
 use std::io;

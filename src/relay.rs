@@ -1,7 +1,7 @@
 //! One request and its response between a client and the server it holds, both sockets driven by one task, until
 //! ReadyForQuery. Frames pass as bytes: headers are always scanned, bodies read only where the server's state or the
 //! end of the request depends on them. Never decides where a request goes, never touches SQL. Called by
-//! `client/session.rs`.
+//! `client/session`.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;

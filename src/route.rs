@@ -1,6 +1,6 @@
 //! Where a request goes. Pure: what the statement is, how the session stands and what the operator allows, in; a `Plan`,
 //! out. Never looks at upstreams' health, lag or load: a `Plan::Read` says a replica *may* answer, and who carries it out
-//! picks a fresh enough one or the primary. Called by `client/session.rs`.
+//! picks a fresh enough one or the primary. Called by `client/session`.
 
 use crate::classify::{Analysis, Effect, RunRef, StatementClass};
 use crate::config::{Consistency, Reads};

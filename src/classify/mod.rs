@@ -1,6 +1,6 @@
 //! What a statement is: a read that a replica may answer, a poll, progress, a start, a definition, or anything else;
 //! and what it does to its session. Never fails and never guesses: what is not understood is `Other`, a write. Has no
-//! clock, no I/O. Called by `client/session.rs` for every Query and Parse text, and by `route.rs` for the types.
+//! clock, no I/O. Called by `client/session` for every Query and Parse text, and by `route.rs` for the types.
 //!
 //! Three stages, each seeing only what the one before could not settle: a scan for words that matter (most texts end
 //! here, without an allocation); the memo; the lexer, and behind it `sql.rs` for what may be a read.

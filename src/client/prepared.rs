@@ -1,6 +1,6 @@
 //! A client's prepared statements, and what a server must be told so that they exist there too. Names on servers stand
 //! for texts, so clients with equal statements share a server's plan; a client's own names never reach a server, except
-//! where an error must carry them. Writes messages, sends none. Called by `session.rs`.
+//! where an error must carry them. Writes messages, sends none. Called by `session/`.
 //! (protocol-flow.html#PROTOCOL-FLOW-EXT-QUERY)
 
 use std::collections::HashMap;

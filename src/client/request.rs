@@ -1,6 +1,6 @@
 //! Groups a client's frames into requests. A request is what ends in one ReadyForQuery: a Query, a FunctionCall, or
 //! Parse…Sync; one that is flushed, or too large to hold, comes in parts. Looks at headers only. Pure; called by
-//! `session.rs` with whatever the client's input holds.
+//! `session/` with whatever the client's input holds.
 
 use crate::wire::frame::{FrameError, Header};
 

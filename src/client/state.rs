@@ -1,5 +1,5 @@
 //! What a client's session has come to hold: settings, and reasons to stay on one server. Follows transactions: a SET
-//! counts when it commits. Pure; fed by `session.rs` with what each request did and how it ended.
+//! counts when it commits. Pure; fed by `session/` with what each request did and how it ended.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
 //! What the messages of an extended batch amount to: the texts they prepare, the statements they run. Looks at Parse and
-//! Bind only. Called by `session.rs` before it decides where a batch goes.
+//! Bind only. Called by `session/` before it decides where a batch goes.
 
 use std::sync::Arc;
 

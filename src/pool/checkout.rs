@@ -1,5 +1,5 @@
 //! The lease: how a client gets a server and how it comes back. Owns the pools; the books are `shelf.rs`'s.
-//! Never looks at SQL. Called by `client/session.rs` and `client/startup.rs`.
+//! Never looks at SQL. Called by `client/session` and `client/startup.rs`.
 
 use std::collections::HashMap;
 use std::io;

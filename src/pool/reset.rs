@@ -1,5 +1,5 @@
 //! Making a server fit for whoever comes next, and proving it. The only maker of `Clean`. Speaks to servers nobody is
-//! using at that moment; never to clients. Called by `checkout.rs` and `client/session.rs`.
+//! using at that moment; never to clients. Called by `checkout.rs` and `client/session`.
 
 use std::io;
 use std::sync::Arc;

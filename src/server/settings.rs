@@ -1,5 +1,5 @@
 //! Session settings as SQL sees them: what a client has SET, and what a server has been told. Pure; compares the two
-//! and writes the statements that close the gap. Called by `pool/reset.rs` and `client/session.rs`.
+//! and writes the statements that close the gap. Called by `pool/reset.rs` and `client/session`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

@@ -1,0 +1,155 @@
+//! The messages of an extended request: what a batch amounts to, what the server is handed in its place, and what is
+//! answered here. Never waits for a server. Called by `extended` and `run_extended` in `mod.rs`, and by `replica.rs`.
+
+use std::io;
+
+use super::{PRIMARY, Session, Source, body_so_far, whole_length};
+use crate::classify::Analysis;
+use crate::client::error::SessionError;
+use crate::client::prepared::Translated;
+use crate::client::reply;
+use crate::client::request::{BatchEnd, Unit};
+use crate::relay::{Expected, Phase};
+use crate::wire::messages::{put_empty, put_frame, query_text};
+
+impl Session {
+    /// What a batch amounts to; until the next one is looked at.
+    pub(super) fn take_survey(&mut self, source: Source, len: usize, end: BatchEnd) {
+        let bytes = source.bytes(&self.client, &self.kept);
+        let huge_at = if let BatchEnd::Huge { at, .. } = end {
+            Some(at)
+        } else {
+            None
+        };
+        let batch = bytes.get(..len).unwrap_or_default();
+        self.survey
+            .take(batch, huge_at, &self.prepared, &self.shared.classifier);
+    }
+
+    /// Whether a request that only prepares is answered here: every server is busy, and some server knows the texts.
+    pub(super) fn answers_parse(&mut self, len: usize, end: BatchEnd) -> bool {
+        if self.lease.is_some()
+            || end != BatchEnd::Sync
+            || self.survey.parsed.is_empty()
+            || !self.survey.bound.is_empty()
+        {
+            return false;
+        }
+        let batch = self.client.input.bytes().get(..len).unwrap_or_default();
+        self.prepared.may_defer(batch, &self.shared.statements) && self.pool(PRIMARY).is_busy()
+    }
+
+    /// Answers a batch in the server's place: the one in `kept`.
+    pub(super) async fn answer_kept_batch(&mut self, tag: &str) -> Result<(), SessionError> {
+        self.prepared
+            .note_batch(&self.kept, &self.survey.parsed, &self.shared.statements);
+        reply::put_batch(&mut self.client.output, &self.kept, tag);
+        self.shared.counters.answered_here.inc();
+        Ok(self.client.flush().await?)
+    }
+
+    /// Hands a batch to the server: its own messages, or what they become there.
+    pub(super) fn put_batch(&mut self, source: Source, len: usize, end: BatchEnd) {
+        self.request.effects.extend(self.survey.effects().cloned());
+        self.request.bound += self.survey.bound.len();
+        if let Some(run) = self.survey.written_run() {
+            self.note_write(run);
+        }
+        if let Some(run) = self.survey.read_run() {
+            self.transaction.shown = Some(run);
+        }
+        self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);
+        let Some(lease) = self.lease.as_mut() else {
+            return;
+        };
+        let bytes = source.bytes(&self.client, &self.kept);
+        let batch = bytes.get(..len).unwrap_or_default();
+        let huge = if let BatchEnd::Huge { whole, .. } = end {
+            Some(whole)
+        } else {
+            None
+        };
+        let translated = self.prepared.translate(
+            batch,
+            &self.survey.parsed,
+            huge,
+            lease,
+            &mut self.exchange.expected,
+            &self.shared.statements,
+        );
+        match (translated, source) {
+            (Translated::AsItIs, Source::Input) => self.exchange.upload = len,
+            (Translated::AsItIs, Source::Kept) => lease.stream.output.extend_from_slice(batch),
+            (Translated::Rewritten, Source::Input) => {
+                self.client.input.consume(len);
+                // Of a huge message the rest follows as it comes.
+                self.exchange.upload = whole_length(len, end).saturating_sub(len);
+            }
+            (Translated::Rewritten, Source::Kept) => {}
+        }
+        self.exchange.phase = if end == BatchEnd::Sync {
+            Phase::Closed
+        } else {
+            Phase::Open
+        };
+        lease.in_flight = true;
+    }
+
+    /// The next messages of an open request.
+    pub(super) async fn put_more(&mut self) -> Result<(), SessionError> {
+        match self.grouping.next_open(self.client.input.bytes())? {
+            Unit::Batch { len, end } => {
+                self.take_survey(Source::Input, len, end);
+                self.put_batch(Source::Input, len, end);
+            }
+            // A Query before the Sync. After an error the server ignores it; otherwise it runs it and says ReadyForQuery, which
+            // ends the request here as well.
+            Unit::Query(header) | Unit::FunctionCall(header) if self.exchange.error.is_some() => {
+                self.skip(header.whole).await?
+            }
+            Unit::Query(_) | Unit::FunctionCall(_)
+                if !std::mem::take(&mut self.request.settled) =>
+            {
+                self.request.settled = true;
+                if let Some(lease) = self.lease.as_mut() {
+                    // An answer that comes after all others: closing a portal that is not there.
+                    put_frame(&mut lease.stream.output, b'C', |out| {
+                        out.extend_from_slice(b"Pflowgate_none\0")
+                    });
+                    put_empty(&mut lease.stream.output, b'H');
+                }
+                self.exchange.expected.push_back(Expected::OursClosed(None));
+                self.exchange.phase = Phase::Settling;
+            }
+            Unit::Query(header) => {
+                let text = query_text(body_so_far(self.client.input.bytes(), header));
+                let analysis =
+                    text.map_or_else(Analysis::other, |text| self.shared.classifier.analyse(text));
+                self.request
+                    .effects
+                    .extend(analysis.effects.iter().cloned());
+                self.prepared.forget_unnamed();
+                if let Some(lease) = self.lease.as_mut() {
+                    lease.unnamed = None;
+                }
+                self.exchange.upload = header.whole;
+                self.exchange.phase = Phase::Closed;
+            }
+            Unit::FunctionCall(header) => {
+                self.exchange.upload = header.whole;
+                self.exchange.phase = Phase::Closed;
+            }
+            // Data for a COPY may come before the server has asked for it; the server ignores what it does not want.
+            Unit::Stray(header) => self.exchange.upload = header.whole,
+            Unit::Terminate => {
+                return Err(SessionError::ClientGone(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "terminated inside a request",
+                )));
+            }
+            Unit::Incomplete { .. } => {}
+        }
+        self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);
+        Ok(())
+    }
+}

@@ -1,0 +1,520 @@
+//! ★ The loop: request → classify → route → checkout → relay → check in. Read this first: it is the life of a request, and
+//! every mechanism meets here and knows nothing of the others. One task a client; while it holds a server, that task
+//! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
+//!
+//! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
+//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN.
+
+mod batches;
+mod replica;
+mod servers;
+mod subscriptions;
+mod waiting;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::error::{SessionError, no_server};
+use super::prepared::Prepared;
+use super::request::{BatchEnd, Grouping, Unit};
+use super::run_tokens::Writing;
+use super::shared::{Running, Shared};
+use super::state::{Consequences, Ending, State};
+use super::survey::Survey;
+use crate::cancel::CancelKey;
+use crate::classify::{Analysis, Effect, RunRef, StatementClass};
+use crate::events::Subscriber;
+use crate::pool::checkout::{Checkout, Pool};
+use crate::pool::reset::{self, ResetError};
+use crate::relay::{Exchange, Pause, Phase, RelayError};
+use crate::route::{self, Plan, SessionView};
+use crate::server::parameters::{Opening, Reported};
+use crate::wire::error_response::ErrorResponse;
+use crate::wire::frame::{self, Header};
+use crate::wire::messages::{TxStatus, put_ready, query_text};
+use crate::wire::stream::Stream;
+
+/// A server that a session leaves is given this long to end what is open; then it is closed.
+const PARTING_MAX: Duration = Duration::from_secs(2);
+/// A buffer that grew larger for one request is given back.
+const KEPT_MAX: usize = 64 * 1024;
+/// The primary's place among the upstreams; replica n is n + 1.
+const PRIMARY: usize = 0;
+
+/// A logged-in client.
+pub(super) struct Session {
+    id: u64,
+    pub(super) client: Stream,
+    shared: Arc<Shared>,
+    running: watch::Receiver<Running>,
+    opening: Arc<Opening>,
+    application_name: String,
+    key: CancelKey,
+    /// What the client was told of the parameters Postgres reports.
+    reported: Reported,
+
+    state: State,
+    prepared: Prepared,
+    subscriber: Option<Subscriber>,
+    /// Before this instant a replica's answer would be older than what the client has seen.
+    seen_until: Instant,
+    /// The replica that answered last, and when.
+    last_replica: Option<(usize, Instant)>,
+
+    grouping: Grouping,
+    survey: Survey,
+    exchange: Exchange,
+    request: Request,
+    transaction: Transaction,
+    /// A request taken out of the client's input: should a replica refuse it, the primary gets it from here.
+    kept: Vec<u8>,
+    /// After an error of ours in an extended request: everything up to its Sync is ignored.
+    /// (protocol-flow.html#PROTOCOL-FLOW-EXT-QUERY)
+    skip_to_sync: bool,
+
+    /// This client's pools, by upstream, as it came to need them.
+    pools: Vec<Option<Arc<Pool>>>,
+    lease: Option<Checkout>,
+    /// The replica that the lease is, or last was, one of; `None`: the primary's.
+    replica: Option<usize>,
+}
+
+/// What a finished login hands over.
+pub(super) struct LoggedIn {
+    pub(super) id: u64,
+    pub(super) client: Stream,
+    pub(super) opening: Arc<Opening>,
+    pub(super) application_name: String,
+    pub(super) key: CancelKey,
+    pub(super) reported: Reported,
+    pub(super) session_mode: bool,
+}
+
+/// The request under way, beside what passes on the wire (that is `Exchange`).
+#[derive(Default)]
+struct Request {
+    /// What an extended request, as far as it has been sent, does to the session.
+    effects: Vec<Effect>,
+    /// Statements it has bound.
+    bound: usize,
+    /// Statements the server holds under this client's own names, for the request's SQL.
+    lent: Vec<Vec<u8>>,
+    /// The answers to what it has sent so far are known: see `Phase::Settling`.
+    settled: bool,
+    /// It was cancelled while it waited for a replica.
+    cancelled: bool,
+}
+
+/// The transaction under way; a request outside one is its own.
+#[derive(Default)]
+struct Transaction {
+    /// It writes to runs.
+    writing: Option<Writing>,
+    /// The run that was read last.
+    shown: Option<RunRef>,
+    /// Its server listens to the client's channels, to list them.
+    listens: bool,
+}
+
+/// Where the bytes of a request are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// At the front of the client's input.
+    Input,
+    /// In `kept`.
+    Kept,
+}
+
+impl Source {
+    fn bytes<'a>(self, client: &'a Stream, kept: &'a [u8]) -> &'a [u8] {
+        match self {
+            Self::Input => client.input.bytes(),
+            Self::Kept => kept,
+        }
+    }
+}
+
+impl Session {
+    pub(super) fn new(login: LoggedIn, shared: Arc<Shared>) -> Self {
+        Self {
+            id: login.id,
+            client: login.client,
+            running: shared.running.clone(),
+            shared,
+            opening: login.opening,
+            key: login.key,
+            reported: login.reported,
+            state: State::new(&login.application_name, login.session_mode),
+            application_name: login.application_name,
+            prepared: Prepared::new(login.id),
+            subscriber: None,
+            seen_until: Instant::now(),
+            last_replica: None,
+            grouping: Grouping::default(),
+            survey: Survey::default(),
+            exchange: Exchange::default(),
+            request: Request::default(),
+            transaction: Transaction::default(),
+            kept: Vec::new(),
+            skip_to_sync: false,
+            pools: Vec::new(),
+            lease: None,
+            replica: None,
+        }
+    }
+
+    /// Serves requests until the client says goodbye.
+    pub(super) async fn run(&mut self) -> Result<(), SessionError> {
+        loop {
+            match self.next_unit().await? {
+                Unit::Terminate => return Ok(()),
+                Unit::Stray(header) => self.skip(header.whole).await?,
+                unit if self.skip_to_sync => self.skip_unit(unit).await?,
+                Unit::Query(header) => self.query(header).await?,
+                Unit::FunctionCall(header) => self.function_call(header).await?,
+                Unit::Batch { len, end } => self.extended(len, end).await?,
+                Unit::Incomplete { .. } => {}
+            }
+        }
+    }
+
+    /// The client is in the middle of a message from its server, so nothing of ours may follow.
+    pub(super) fn is_mid_message(&self) -> bool {
+        self.exchange.is_mid_message()
+    }
+
+    /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
+    pub(super) async fn part(&mut self) {
+        self.give_up_server().await;
+        for pool in self.pools.iter().flatten() {
+            pool.disown(self.id);
+        }
+    }
+
+    async fn query(&mut self, header: Header) -> Result<(), SessionError> {
+        let body = body_so_far(self.client.input.bytes(), header);
+        let analysis = match query_text(body) {
+            Some(text) => self.shared.classifier.analyse(text),
+            // Judged by its beginning; what its end does is known by its tag alone.
+            None if header.is_huge() => self.shared.classifier.analyse(body),
+            None => {
+                self.skip(header.whole).await?;
+                let invalid = ErrorResponse::error("08P01", "invalid string in message");
+                return self.refuse(invalid, true).await;
+            }
+        };
+        if let StatementClass::Read(run) = analysis.class {
+            self.transaction.shown = Some(unresolved(run));
+        }
+        match self.plan(&analysis) {
+            Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
+            Plan::Read(run) => {
+                let Some(upstream) = self.fresh_replica(run).await else {
+                    return self.run_query(Source::Input, header.whole, &analysis).await;
+                };
+                self.keep(header.whole);
+                if self.query_replica(upstream, &analysis).await? {
+                    return Ok(());
+                }
+                self.run_query(Source::Kept, self.kept.len(), &analysis)
+                    .await
+            }
+            Plan::Primary | Plan::Held => {
+                self.run_query(Source::Input, header.whole, &analysis).await
+            }
+        }
+    }
+
+    /// A simple Query on the server in hand, or on the primary.
+    async fn run_query(
+        &mut self,
+        source: Source,
+        whole: usize,
+        analysis: &Arc<Analysis>,
+    ) -> Result<(), SessionError> {
+        if analysis.writes_runs() {
+            self.note_write(unresolved(analysis.class.run()));
+        }
+        if let Err(error) = self.hold(PRIMARY).await {
+            if source == Source::Input {
+                self.skip(whole).await?;
+            }
+            return self.refuse(no_server(&error), true).await;
+        }
+        self.exchange.begin(false, Phase::Closed);
+        self.prepared.forget_unnamed();
+        self.make_ready_for(&analysis.effects).await?;
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(());
+        };
+        lease.unnamed = None;
+        match source {
+            Source::Input => self.exchange.upload = whole,
+            Source::Kept => lease.stream.output.extend_from_slice(&self.kept),
+        }
+        let before = lease.tx;
+        lease.in_flight = true;
+        self.exchange.keep_ready = self.keeps_ready(&analysis.effects);
+        self.shared.counters.to_primary.inc();
+        let status = self.relay_to_ready().await?;
+        if whole > frame::HELD_MAX && !self.exchange.ran_one_plain_command() {
+            // Only its beginning was looked at.
+            let effects = [analysis.effects.as_slice(), &[Effect::Unfollowed]].concat();
+            return self
+                .finish(&effects, analysis.statements, before, status)
+                .await;
+        }
+        self.finish(&analysis.effects, analysis.statements, before, status)
+            .await
+    }
+
+    async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
+        self.run_query(Source::Input, header.whole, &Analysis::other())
+            .await
+    }
+
+    /// Parse…Sync, or the part of it up to a Flush.
+    async fn extended(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
+        self.take_survey(Source::Input, len, end);
+        let plan = match self.survey.only() {
+            Some((analysis, run)) => match self.plan(analysis) {
+                Plan::Read(_) => Plan::Read(run),
+                other => other,
+            },
+            None => Plan::Primary,
+        };
+        if self.answers_parse(len, end) {
+            self.keep(len);
+            return self.answer_kept_batch("").await;
+        }
+        match plan {
+            Plan::Subscribe(change) if end == BatchEnd::Sync && self.survey.bound.len() == 1 => {
+                return self.subscribe_extended(len, &change).await;
+            }
+            Plan::Read(run) if self.still_reads(end) => {
+                if let Some(upstream) = self.fresh_replica(run).await {
+                    return self.extended_replica(upstream, len, end).await;
+                }
+            }
+            Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
+        }
+        self.run_extended(Source::Input, len, end).await
+    }
+
+    /// An extended request on the server in hand, or on the primary, to its end.
+    async fn run_extended(
+        &mut self,
+        source: Source,
+        len: usize,
+        end: BatchEnd,
+    ) -> Result<(), SessionError> {
+        if let Err(error) = self.hold(PRIMARY).await {
+            if source == Source::Input {
+                self.skip(whole_length(len, end)).await?;
+            }
+            return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
+        }
+        self.shared.counters.to_primary.inc();
+        let effects: Vec<_> = self.survey.effects().cloned().collect();
+        self.make_ready_for(&effects).await?;
+        self.begin_extended();
+        let before = self.tx();
+        self.put_batch(source, len, end);
+        let status = loop {
+            match self.relay().await? {
+                Pause::Ready(status) => break status,
+                Pause::ClientSpeaks => self.put_more().await?,
+                Pause::Refused | Pause::Misnamed => {
+                    return Err(SessionError::Relay(RelayError::ServerMalformed));
+                }
+            }
+        };
+        let effects = std::mem::take(&mut self.request.effects);
+        self.finish(&effects, self.request.bound.max(1), before, status)
+            .await
+    }
+
+    /// After ReadyForQuery: what the request did to the session, and whether the server goes back.
+    async fn finish(
+        &mut self,
+        effects: &[Effect],
+        statements: usize,
+        before: TxStatus,
+        after: TxStatus,
+    ) -> Result<(), SessionError> {
+        self.prepared.settle(self.exchange.confirmed);
+        self.take_back_statements().await?;
+        if self.exchange.parameters_changed
+            && let Some(lease) = &self.lease
+        {
+            self.reported = lease.reported.clone();
+        }
+        let tag = self.exchange.tag;
+        let ending = Ending {
+            failed: self.exchange.error.is_some(),
+            rolled_back: tag.is("ROLLBACK"),
+            chained: after != TxStatus::Idle && before != TxStatus::Idle && tag.is("COMMIT"),
+            before,
+            after,
+        };
+        let pins_before = self.state.pins;
+        let consequences = self.state.request_ended(effects, statements, ending);
+        self.shared
+            .counters
+            .count_pins(pins_before, self.state.pins);
+        self.forget_deallocated(effects, ending, consequences);
+        self.mark_server(effects);
+        if after == TxStatus::Idle {
+            self.end_transaction(ending, consequences).await?;
+        }
+        if self.exchange.keep_ready {
+            put_ready(&mut self.client.output, after);
+            self.client.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// What was deallocated or discarded, nobody holds any more: neither client nor server.
+    fn forget_deallocated(
+        &mut self,
+        effects: &[Effect],
+        ending: Ending,
+        consequences: Consequences,
+    ) {
+        if !ending.failed {
+            for effect in effects {
+                if let Effect::Deallocate(name) = effect {
+                    self.prepared.forget(name.as_bytes());
+                }
+            }
+        }
+        if (consequences.deallocated_all || consequences.discarded_all)
+            && let Some(lease) = self.lease.as_mut()
+        {
+            self.prepared.forget_all();
+            lease.statements.clear();
+            lease.to_close.clear();
+        }
+        if consequences.discarded_all {
+            self.prepared.forget_unnamed();
+            if let Some(subscriber) = &self.subscriber {
+                subscriber.unlisten_all();
+            }
+        }
+    }
+
+    /// Outside a transaction again: the session adopts what was committed, and keeps the server only if it is pinned to it.
+    async fn end_transaction(
+        &mut self,
+        ending: Ending,
+        consequences: Consequences,
+    ) -> Result<(), SessionError> {
+        if self.replica.is_none() {
+            self.seen_until = Instant::now();
+            // What ran may have written to any run (a function of the user's own); what was read was shown.
+            let seen = self.transaction.shown.take().unwrap_or(RunRef::All);
+            if self.transaction.writing.take().is_none() {
+                self.shared.runs.seen(seen);
+            }
+        }
+        if consequences.settings_changed
+            && let Some(lease) = self.lease.as_mut()
+        {
+            self.state.adopt_reported(&lease.reported);
+            lease.settings = Arc::clone(&self.state.settings);
+            if consequences.reset {
+                reset::forget_settings_but(lease, &self.state.settings);
+            }
+        }
+        if consequences.subscriptions {
+            self.adopt_subscriptions(ending.failed || ending.rolled_back)
+                .await?;
+        }
+        self.state.forget_transaction();
+        self.take_back_subscriptions().await?;
+        if self.state.pins.is_empty() || self.replica.is_some() {
+            self.check_in().await;
+        }
+        Ok(())
+    }
+
+    fn begin_extended(&mut self) {
+        self.exchange.begin(true, Phase::Open);
+        self.request.effects.clear();
+        self.request.bound = 0;
+    }
+
+    /// The transaction under way writes to `run`, or to any.
+    fn note_write(&mut self, run: RunRef) {
+        self.transaction.writing = Some(match self.transaction.writing.take() {
+            Some(writing) => writing.and(run),
+            None => self.shared.runs.writing(run),
+        });
+    }
+
+    fn plan(&self, analysis: &Analysis) -> Plan {
+        let view = match (&self.lease, self.tx()) {
+            (_, TxStatus::InTransaction | TxStatus::Failed) => SessionView::Transaction,
+            (Some(_), TxStatus::Idle) => SessionView::Pinned,
+            (None, TxStatus::Idle) => SessionView::Free,
+        };
+        route::plan(analysis, view, self.shared.route)
+    }
+
+    /// Takes a request out of the client's input.
+    fn keep(&mut self, len: usize) {
+        self.kept.clear();
+        self.kept.shrink_to(KEPT_MAX);
+        self.kept
+            .extend_from_slice(self.client.input.bytes().get(..len).unwrap_or_default());
+        self.client.input.consume(len);
+    }
+
+    /// An error of ours in answer to a request; the connection stays usable.
+    async fn refuse(
+        &mut self,
+        error: ErrorResponse,
+        ends_request: bool,
+    ) -> Result<(), SessionError> {
+        error.put(&mut self.client.output);
+        if ends_request {
+            let tx = self.tx();
+            put_ready(&mut self.client.output, tx);
+        } else {
+            self.skip_to_sync = true;
+        }
+        Ok(self.client.flush().await?)
+    }
+}
+
+/// A simple Query's parameters cannot name a run.
+fn unresolved(run: RunRef) -> RunRef {
+    if let RunRef::Param(_) = run {
+        RunRef::All
+    } else {
+        run
+    }
+}
+
+/// The body of a message, as much of it as is here.
+fn body_so_far(bytes: &[u8], header: Header) -> &[u8] {
+    bytes
+        .get(frame::HEADER..header.whole.min(bytes.len()))
+        .unwrap_or_default()
+}
+
+/// How long a batch is, its huge last message to its end.
+fn whole_length(len: usize, end: BatchEnd) -> usize {
+    match end {
+        BatchEnd::Huge { at, whole } => at + whole,
+        BatchEnd::Sync | BatchEnd::Flush => len,
+    }
+}
+
+/// A server that fails a command of ours in the middle of a session is lost to it.
+fn server_lost(_why: ResetError) -> SessionError {
+    SessionError::Relay(RelayError::ServerClosed)
+}

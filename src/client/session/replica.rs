@@ -1,0 +1,213 @@
+//! Reads on a replica: which one is fresh enough, and the way back to the primary when it refuses, as long as the client has
+//! seen nothing of it. Never writes, never holds a replica between requests. Called by `query` and `extended` in `mod.rs`.
+
+use std::sync::Arc;
+
+use tokio::time::{Instant, timeout};
+use tracing::debug;
+
+use super::{PARTING_MAX, Session, Source};
+use crate::classify::{Analysis, Effect, RunRef};
+use crate::client::error::SessionError;
+use crate::client::request::{BatchEnd, Unit};
+use crate::config::Consistency;
+use crate::pool::checkout::CheckoutError;
+use crate::pool::reset;
+use crate::relay::{Pause, Phase, RelayError};
+use crate::route::{self, Plan, SessionView};
+use crate::wire::frame::FrameError;
+use crate::wire::messages::TxStatus;
+
+impl Session {
+    /// A replica that has all that this session, and whoever wrote to these runs, must find there.
+    pub(super) async fn fresh_replica(&mut self, run: RunRef) -> Option<usize> {
+        let freshness = self.shared.freshness.as_ref()?;
+        let last = self.last_replica.map(|(replica, _)| replica);
+        let since = self.floor(run);
+        let mut fresh = freshness
+            .fresh_replica(since, last, self.shared.replica_wait)
+            .await;
+        // Another replica than the last one may be behind it, and time must not go back.
+        if let (Some(replica), Some((before, answered))) = (fresh, self.last_replica)
+            && replica != before
+        {
+            let since = since.max(answered);
+            fresh = freshness
+                .fresh_replica(since, Some(replica), self.shared.replica_wait)
+                .await;
+        }
+        if fresh.is_none() {
+            self.shared.counters.replica_not_fresh.inc();
+        }
+        fresh.map(|replica| replica + 1)
+    }
+
+    /// What a replica must have replayed for this session's read of `run`.
+    fn floor(&self, run: RunRef) -> Instant {
+        match self.shared.route.consistency {
+            Consistency::Eventual => self.shared.started,
+            Consistency::Session | Consistency::Primary => {
+                self.shared.runs.since(run).max(self.seen_until)
+            }
+        }
+    }
+
+    /// Runs the kept Query on a replica. `false`: it did not answer, and nothing has reached the client.
+    pub(super) async fn query_replica(
+        &mut self,
+        upstream: usize,
+        analysis: &Arc<Analysis>,
+    ) -> Result<bool, SessionError> {
+        if !self.hold_replica(upstream).await {
+            return Ok(false);
+        }
+        self.exchange.begin(false, Phase::Closed);
+        self.exchange.hold = true;
+        self.prepared.forget_unnamed();
+        if let Some(lease) = self.lease.as_mut() {
+            lease.unnamed = None;
+            lease.stream.output.extend_from_slice(&self.kept);
+            lease.in_flight = true;
+        }
+        match self.relay().await? {
+            Pause::Ready(status) => {
+                self.shared.counters.to_replica.inc();
+                self.finish_on_replica(analysis.effects.as_slice(), status)
+                    .await?;
+                Ok(true)
+            }
+            Pause::Refused => {
+                self.leave_refusing_replica().await;
+                Ok(false)
+            }
+            Pause::ClientSpeaks | Pause::Misnamed => Err(SessionError::Frame(FrameError::Length)),
+        }
+    }
+
+    /// Runs Parse…Sync on a replica, or the part of it up to a Flush and what follows; goes on to the primary when the replica
+    /// refuses it, or when a later part is more than a read.
+    pub(super) async fn extended_replica(
+        &mut self,
+        upstream: usize,
+        len: usize,
+        mut end: BatchEnd,
+    ) -> Result<(), SessionError> {
+        self.keep(len);
+        if !self.hold_replica(upstream).await {
+            return self.run_extended(Source::Kept, self.kept.len(), end).await;
+        }
+        let mut next_part = true;
+        self.begin_extended();
+        loop {
+            let confirmed = self.exchange.confirmed;
+            if std::mem::take(&mut next_part) {
+                // A request that pauses for the client's next messages must show what it has said so far.
+                self.exchange.hold = end == BatchEnd::Sync;
+                self.put_batch(Source::Kept, self.kept.len(), end);
+            }
+            match self.relay().await? {
+                Pause::Ready(status) => {
+                    self.shared.counters.to_replica.inc();
+                    let effects = std::mem::take(&mut self.request.effects);
+                    return self.finish_on_replica(&effects, status).await;
+                }
+                Pause::Refused => {
+                    // What was held back has been thrown away, its confirmations too.
+                    self.prepared.settle(confirmed);
+                    self.leave_refusing_replica().await;
+                    self.take_survey(Source::Kept, self.kept.len(), end);
+                    return self.run_extended(Source::Kept, self.kept.len(), end).await;
+                }
+                Pause::Misnamed => return Err(SessionError::Relay(RelayError::ServerMalformed)),
+                // After an error the server ignores all up to the Sync; what has been bound can go nowhere else.
+                Pause::ClientSpeaks if self.exchange.error.is_some() || self.request.bound > 0 => {
+                    self.put_more().await?;
+                }
+                Pause::ClientSpeaks => {
+                    let Unit::Batch { len, end: next } =
+                        self.grouping.next_open(self.client.input.bytes())?
+                    else {
+                        return self.move_to_primary(0, BatchEnd::Flush).await;
+                    };
+                    self.take_survey(Source::Input, len, next);
+                    if !self.still_reads(next) {
+                        return self.move_to_primary(len, next).await;
+                    }
+                    self.keep(len);
+                    end = next;
+                    next_part = true;
+                }
+            }
+        }
+    }
+
+    /// Whether a request, or the next part of one that began as a read, is one that a replica may take: nothing is bound
+    /// there but to be run to the request's end.
+    pub(super) fn still_reads(&self, end: BatchEnd) -> bool {
+        let reads = |analysis: &Arc<Analysis>| matches!(self.read_plan(analysis), Plan::Read(_));
+        let whole = end == BatchEnd::Sync || end == BatchEnd::Flush && self.survey.bound.is_empty();
+        whole
+            && self.survey.parsed.iter().all(reads)
+            && self
+                .survey
+                .bound
+                .iter()
+                .all(|(analysis, _)| reads(analysis))
+    }
+
+    fn read_plan(&self, analysis: &Analysis) -> Plan {
+        route::plan(analysis, SessionView::Free, self.shared.route)
+    }
+
+    /// A request that began on a replica with nothing but Parse and Describe goes on elsewhere: nothing has run yet.
+    async fn move_to_primary(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
+        self.prepared.settle(self.exchange.confirmed);
+        if let Some(mut lease) = self.lease.take() {
+            let settled = timeout(PARTING_MAX, reset::sync(&mut lease)).await;
+            self.key.slot.release().await;
+            if matches!(settled, Ok(Ok(())))
+                && let Some(clean) = reset::prove(&lease)
+            {
+                lease.check_in(clean, Some(self.id));
+            }
+        }
+        self.run_extended(Source::Input, len, end).await
+    }
+
+    /// `false`: none is to be had, so the primary answers.
+    async fn hold_replica(&mut self, upstream: usize) -> bool {
+        match self.hold(upstream).await {
+            Ok(()) => true,
+            Err(error) => {
+                debug!(upstream, %error, "replica gave no connection, so the primary answers");
+                self.shared.counters.replica_refused.inc();
+                self.request.cancelled = matches!(error, CheckoutError::Cancelled);
+                false
+            }
+        }
+    }
+
+    async fn leave_refusing_replica(&mut self) {
+        self.shared.counters.replica_refused.inc();
+        self.exchange.error = None;
+        self.check_in().await;
+    }
+
+    async fn finish_on_replica(
+        &mut self,
+        effects: &[Effect],
+        status: TxStatus,
+    ) -> Result<(), SessionError> {
+        // What a replica reports of itself is not the client's session.
+        self.exchange.parameters_changed = false;
+        self.finish(effects, 1, TxStatus::Idle, status).await?;
+        self.last_replica = self.replica.map(|replica| (replica, Instant::now()));
+        // Another replica may be behind this one, so what it showed is a floor for whoever asks another.
+        if self.shared.upstreams.len() > 2 {
+            self.shared
+                .runs
+                .seen(self.transaction.shown.take().unwrap_or(RunRef::All));
+        }
+        Ok(())
+    }
+}

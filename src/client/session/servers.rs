@@ -1,0 +1,239 @@
+//! The server in a session's hand: how it comes, is made to fit the session and the request, carries it, and goes back.
+//! Never reads what the client says, nor decides which upstream it is to be. Called by its siblings.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::time::timeout;
+use tracing::debug;
+
+use super::{PARTING_MAX, PRIMARY, Session, server_lost};
+use crate::classify::Effect;
+use crate::client::error::SessionError;
+use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
+use crate::pool::reset::{self, ResetError};
+use crate::relay::{self, Pause, RelayError};
+use crate::wire::frame::FrameError;
+use crate::wire::messages::{TxStatus, put_frame, put_parameter_status};
+
+impl Session {
+    /// Makes sure that the session holds a server: the one it has, or one of the upstream's pool with this session's
+    /// settings.
+    pub(super) async fn hold(&mut self, upstream: usize) -> Result<(), CheckoutError> {
+        if self.lease.is_some() {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.request.cancelled) {
+            return Err(CheckoutError::Cancelled);
+        }
+        let pool = self.pool(upstream);
+        let wish = Wish {
+            client: self.id,
+            opening: &self.opening,
+            application_name: &self.application_name,
+        };
+        let within = (upstream != PRIMARY).then_some(self.shared.replica_wait);
+        let mut lease = match pool.take_now(wish) {
+            Some(lease) => lease,
+            None => {
+                let wait = self.key.slot.wait();
+                tokio::select! {
+                    biased;
+                    lease = pool.checkout(wish, within) => lease?,
+                    () = wait.cancelled() => return Err(CheckoutError::Cancelled),
+                }
+            }
+        };
+        // From here on a cancel goes to this server.
+        self.key.slot.hold(&lease.key);
+        if let Err(error) = self.fit(&mut lease).await {
+            self.key.slot.release().await;
+            return Err(CheckoutError::Settings(error));
+        }
+        // A replica reports that it is one; the client talks to the primary, as far as it knows.
+        if upstream == PRIMARY && !self.reported.same_as(&lease.reported) {
+            for (name, value) in self.reported.changes_to(&lease.reported) {
+                put_parameter_status(&mut self.client.output, name, value);
+            }
+            self.reported = lease.reported.clone();
+        }
+        self.replica = upstream.checked_sub(1);
+        self.lease = Some(lease);
+        Ok(())
+    }
+
+    /// Gives a server this session's settings; what others drew from its sequences is forgotten where anybody asks.
+    async fn fit(&mut self, lease: &mut Checkout) -> Result<(), ResetError> {
+        if !Arc::ptr_eq(&lease.settings, &self.state.settings) {
+            let script = lease.settings.script_to(&self.state.settings);
+            // Before the request and not with it: were one of these to fail, the request must not run.
+            if !script.is_empty() {
+                reset::command(lease, &script).await?;
+            }
+            lease.settings = Arc::clone(&self.state.settings);
+        }
+        if lease.last_client != 0 && lease.last_client != self.id {
+            lease.mixed_draws = true;
+            if self.shared.asks_for_draws.load(Ordering::Relaxed) {
+                reset::forget_draws(lease).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What some statements need before they run: a database without our idle servers in it; statements prepared by
+    /// message under the names that SQL calls them by.
+    pub(super) async fn make_ready_for(&mut self, effects: &[Effect]) -> Result<(), SessionError> {
+        for effect in effects {
+            match effect {
+                Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
+                Effect::ListeningChannels => self.lend_subscriptions().await?,
+                Effect::SequenceValue => self.forget_others_draws().await?,
+                Effect::Execute(name) | Effect::Deallocate(name) => {
+                    let (Some((text, types)), Some(lease)) =
+                        (self.prepared.text(name.as_bytes()), self.lease.as_mut())
+                    else {
+                        continue;
+                    };
+                    let lent = reset::lend_statement(lease, name.as_bytes(), text, types).await;
+                    if lent.map_err(server_lost)? {
+                        self.request.lent.push(name.as_bytes().to_vec());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A sequence's last value belongs to the session that drew it. Where others have drawn as well, better none than a wrong
+    /// one; and from now on every server that changes hands forgets what was drawn. (functions-sequence.html)
+    async fn forget_others_draws(&mut self) -> Result<(), SessionError> {
+        self.shared.asks_for_draws.store(true, Ordering::Relaxed);
+        let Some(lease) = self
+            .lease
+            .as_mut()
+            .filter(|lease| lease.mixed_draws && lease.tx != TxStatus::Failed)
+        else {
+            return Ok(());
+        };
+        reset::forget_draws(lease).await.map_err(server_lost)
+    }
+
+    /// After the request: the server holds no statement under a client's own name.
+    pub(super) async fn take_back_statements(&mut self) -> Result<(), SessionError> {
+        if !self.request.lent.is_empty()
+            && let Some(lease) = self.lease.as_mut()
+        {
+            let closed = reset::close_statements(lease, &self.request.lent).await;
+            closed.map_err(server_lost)?;
+            self.request.lent.clear();
+        }
+        Ok(())
+    }
+
+    /// What the next client must know of the server, or must not find on it.
+    pub(super) fn mark_server(&mut self, effects: &[Effect]) {
+        let Some(lease) = self.lease.as_mut() else {
+            return;
+        };
+        if effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::TempObject | Effect::Load))
+        {
+            // DISCARD ALL keeps the temporary namespace and what was loaded: no other client shall find them.
+            lease.unfit = true;
+        }
+        lease.last_client = self.id;
+    }
+
+    /// Carries the request on until something is for the session to decide; errors speak of the client's own statements.
+    pub(super) async fn relay(&mut self) -> Result<Pause, SessionError> {
+        loop {
+            let Some(lease) = self.lease.as_mut() else {
+                return Err(SessionError::Relay(RelayError::ServerClosed));
+            };
+            match relay::run(&mut self.client, lease, &mut self.exchange).await {
+                Ok(Pause::Misnamed) => {
+                    let body = std::mem::take(&mut self.exchange.misnamed);
+                    let body = self.prepared.in_clients_words(&body);
+                    put_frame(&mut self.client.output, b'E', |out| {
+                        out.extend_from_slice(&body)
+                    });
+                }
+                Ok(pause) => return Ok(pause),
+                // Its last words, if any, have been passed on; a half-sent frame can only be cut off.
+                Err(RelayError::Server(_) | RelayError::ServerClosed)
+                    if self.exchange.said_farewell() =>
+                {
+                    return Err(SessionError::ServerFarewell);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    pub(super) async fn relay_to_ready(&mut self) -> Result<TxStatus, SessionError> {
+        match self.relay().await? {
+            Pause::Ready(status) => Ok(status),
+            Pause::ClientSpeaks => Err(SessionError::Frame(FrameError::Length)),
+            Pause::Refused | Pause::Misnamed => {
+                Err(SessionError::Relay(RelayError::ServerMalformed))
+            }
+        }
+    }
+
+    /// Gives the server back, if it is fit for others; otherwise it is closed.
+    pub(super) async fn check_in(&mut self) {
+        let Some(lease) = self.lease.take() else {
+            return;
+        };
+        self.key.slot.release().await;
+        match reset::prove(&lease) {
+            Some(clean) => lease.check_in(clean, Some(self.id)),
+            None => debug!(
+                pid = lease.key.pid,
+                "server closed: it has more to say than its answer"
+            ),
+        }
+    }
+
+    /// The client has left: what it left open is rolled back, what a pin left behind is discarded.
+    pub(super) async fn give_up_server(&mut self) {
+        let Some(mut lease) = self.lease.take() else {
+            return;
+        };
+        // Mid-request there is nothing to roll back politely: dropping the lease cancels and closes.
+        if lease.in_flight || !lease.stream.input.is_empty() {
+            return;
+        }
+        let pinned = !self.state.pins.is_empty();
+        let clean = async {
+            if pinned {
+                reset::discard(&mut lease).await
+            } else {
+                reset::roll_back(&mut lease).await
+            }
+        };
+        if matches!(timeout(PARTING_MAX, clean).await, Ok(Ok(()))) {
+            self.key.slot.release().await;
+            if let Some(proof) = reset::prove(&lease) {
+                lease.check_in(proof, None);
+            }
+        }
+    }
+
+    pub(super) fn pool(&mut self, upstream: usize) -> Arc<Pool> {
+        if self.pools.len() <= upstream {
+            self.pools.resize(upstream + 1, None);
+        }
+        let shared = &self.shared;
+        let opening = &self.opening;
+        let slot = &mut self.pools[upstream];
+        Arc::clone(slot.get_or_insert_with(|| shared.pools.pool(opening, upstream)))
+    }
+
+    pub(super) fn tx(&self) -> TxStatus {
+        self.lease.as_ref().map_or(TxStatus::Idle, |lease| lease.tx)
+    }
+}
