@@ -119,14 +119,6 @@ impl Survey {
         bound.chain(self.ties.then_some(&Effect::Unfollowed))
     }
 
-    /// The run that this batch only reads; `None`: it may do anything.
-    pub(super) fn read_run(&self) -> Option<RunRef> {
-        match self.bound.as_slice() {
-            [(analysis, run)] if matches!(analysis.class, StatementClass::Read(_)) => Some(*run),
-            _ => None,
-        }
-    }
-
     /// The run a write of this batch concerns; `None`: no pgflow write in it.
     pub(super) fn written_run(&self) -> Option<RunRef> {
         let mut written = self

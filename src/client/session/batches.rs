@@ -55,8 +55,8 @@ impl Session {
         if let Some(run) = self.survey.written_run() {
             self.note_write(run);
         }
-        if let Some(run) = self.survey.read_run() {
-            self.transaction.shown = Some(run);
+        for (_, run) in &self.survey.bound {
+            self.transaction.touch(*run);
         }
         self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);
         let Some(lease) = self.lease.as_mut() else {

@@ -25,7 +25,7 @@ use super::shared::{Running, Shared};
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, RunRef, StatementClass};
+use crate::classify::{Analysis, Effect, RunRef};
 use crate::events::Subscriber;
 use crate::pool::checkout::{Checkout, Pool};
 use crate::pool::reset::{self, ResetError};
@@ -113,10 +113,21 @@ struct Request {
 struct Transaction {
     /// It writes to runs.
     writing: Option<Writing>,
-    /// The run that was read last.
-    shown: Option<RunRef>,
+    /// The run it has read or written, `All` if several or not known.
+    touched: Option<RunRef>,
     /// Its server listens to the client's channels, to list them.
     listens: bool,
+}
+
+impl Transaction {
+    /// A statement of it concerns `run`. Of one that nothing is known of (a function of the user's own), that is any run.
+    fn touch(&mut self, run: RunRef) {
+        self.touched = match (self.touched, run) {
+            (Some(same), _) if same == run || run == RunRef::None => Some(same),
+            (None | Some(RunRef::None), _) => Some(run),
+            (Some(_), _) => Some(RunRef::All),
+        };
+    }
 }
 
 /// Where the bytes of a request are.
@@ -206,9 +217,7 @@ impl Session {
                 return self.refuse(invalid, true).await;
             }
         };
-        if let StatementClass::Read(run) = analysis.class {
-            self.transaction.shown = Some(unresolved(run));
-        }
+        self.transaction.touch(unresolved(analysis.class.run()));
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Read(run) => {
@@ -414,11 +423,9 @@ impl Session {
     ) -> Result<(), SessionError> {
         if self.replica.is_none() {
             self.seen_until = Instant::now();
-            // What ran may have written to any run (a function of the user's own); what was read was shown.
-            let seen = self.transaction.shown.take().unwrap_or(RunRef::All);
-            if self.transaction.writing.take().is_none() {
-                self.shared.runs.seen(seen);
-            }
+            let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
+            self.transaction.writing = None;
+            self.shared.runs.seen(touched);
         }
         if consequences.settings_changed
             && let Some(lease) = self.lease.as_mut()
@@ -445,6 +452,7 @@ impl Session {
         self.exchange.begin(true, Phase::Open);
         self.request.effects.clear();
         self.request.bound = 0;
+        self.request.settled = false;
     }
 
     /// The transaction under way writes to `run`, or to any.

@@ -203,10 +203,9 @@ impl Session {
         self.finish(effects, 1, TxStatus::Idle, status).await?;
         self.last_replica = self.replica.map(|replica| (replica, Instant::now()));
         // Another replica may be behind this one, so what it showed is a floor for whoever asks another.
+        let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
         if self.shared.upstreams.len() > 2 {
-            self.shared
-                .runs
-                .seen(self.transaction.shown.take().unwrap_or(RunRef::All));
+            self.shared.runs.seen(touched);
         }
         Ok(())
     }
