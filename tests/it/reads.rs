@@ -267,6 +267,25 @@ async fn ready(db: &TestDb) -> Proxy {
     .await
 }
 
+#[tokio::test]
+async fn an_unknown_flow_is_refused_in_words_and_nothing_is_left_of_it() {
+    let db = fresh_database().await;
+    let proxy = Proxy::start(&db, |_| {}).await;
+    let client = proxy.connect().await;
+    let refused = client
+        .query_one("select pgflow.start_flow('no_such_flow', '{}')", &[])
+        .await
+        .unwrap_err();
+    let refused = refused.as_db_error().unwrap();
+    assert_eq!(
+        (refused.code().code(), refused.constraint()),
+        ("23503", Some("runs_flow_slug_fkey")),
+        "{refused}"
+    );
+    assert_eq!(text(&client, "select count(*) from pgflow.runs").await, "0");
+    proxy.shut_down().await;
+}
+
 async fn start(client: &tokio_postgres::Client) -> uuid::Uuid {
     text(
         client,
