@@ -1,4 +1,5 @@
--- Publishes one event: a row in the outbox, in the caller's own transaction, and one wake-up per transaction.
+-- Publishes one event, as `flowgate.publish` does several: a row in the outbox, in the caller's own transaction, and a wake-up if
+-- a reader sleeps.
 -- Called by: pgflow's functions; anybody who was granted EXECUTE. Locks: the topic's counter row, until the caller commits,
 -- so events of one topic are numbered 1, 2, 3 … in commit order. pgflow holds the run's row by then, so its callers never
 -- wait here; a transaction that sends to several topics should do so in one order.
@@ -8,9 +9,6 @@
 --
 -- SECURITY DEFINER, so that callers need no right on the outbox; PUBLIC may not execute it (an event could be forged).
 -- A plain role that installed everything just works; others get EXECUTE by `flowgate.grant_worker`.
---
--- The wake-up has a constant payload, so Postgres keeps one per transaction. NOTIFY serialises commits; a session that
--- Flowgate carries and watches itself does without: `set flowgate.wake = 'off'` (startup option, role or database setting).
 create or replace function realtime.send(payload jsonb, event text, topic text, private boolean default false)
 returns void
 language plpgsql
@@ -32,7 +30,10 @@ begin
     insert into flowgate.event (topic, seq, event, payload, private)
     values (send.topic, v_seq, send.event, send.payload, coalesce(send.private, false));
 
-    if current_setting('flowgate.wake', true) is distinct from 'off' then
+    if current_setting('flowgate.wake', true) is distinct from 'off'
+        and (current_setting('transaction_isolation') <> 'read committed'
+             or exists (select from flowgate.reader as r where r.asleep))
+    then
         perform pg_notify('flowgate_wake', '');
     end if;
 exception

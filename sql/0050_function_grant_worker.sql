@@ -2,7 +2,8 @@
 -- Making a flow makes its queue's tables, which belong to whoever makes them: left to the owner, so that every worker may use
 -- them.
 -- Called by: an administrator (the owner of the objects). Locks: the catalog rows of what is granted. Failure: the caller's.
--- What it needs beyond pgflow's own tables: EXECUTE on realtime.send (a definer's function: no right on the outbox) and
+-- What it needs beyond pgflow's own tables: EXECUTE on realtime.send and flowgate.publish (definer's functions: no right on the
+-- outbox) and
 -- pgmq's queues, those of today and those that the role which calls this makes later.
 create or replace function flowgate.grant_worker(role regrole)
 returns void
@@ -16,7 +17,9 @@ declare
 begin
     foreach v_statement in array array[
         'grant usage on schema realtime to %1$s',
-        'grant execute on function realtime.send(jsonb, text, text, boolean) to %1$s'
+        'grant execute on function realtime.send(jsonb, text, text, boolean) to %1$s',
+        'grant usage on schema flowgate to %1$s',
+        'grant execute on function flowgate.publish(text, text[], jsonb[]) to %1$s'
     ] loop
         execute format(v_statement, grant_worker.role);
     end loop;

@@ -35,5 +35,7 @@ create table if not exists pgflow.step_tasks (
     constraint failed_at_is_after_started_at check (failed_at >= started_at)
 ) with (fillfactor = 60);
 
+-- By message first: a plan made while the table is small must not find a flow's tasks by the flow and filter them.
 -- Not unique: a queue that was dropped and made again counts its messages from 1 again.
-create index if not exists step_tasks_flow_slug_message_id_idx on pgflow.step_tasks (flow_slug, message_id);
+create index if not exists step_tasks_message_id_idx on pgflow.step_tasks (message_id, flow_slug);
+drop index if exists pgflow.step_tasks_flow_slug_message_id_idx;

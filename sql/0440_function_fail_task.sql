@@ -1,62 +1,68 @@
 -- Records that a started task failed: queued again after a delay that doubles, until its tries are used up; then task, step
 -- and run have failed, and no message of the run stays in the queue. Returns the task's row; a task that has ended is not changed.
 -- Called by: workers, once per failed try. Failure: the caller's, whole; the message comes back when its time is up.
--- Locks, until commit: the task's own step, then the run, only if this failure is final, then the task, then messages: the order
--- of `complete_task` (sql/README.md, "Locks").
+-- Locks, until commit: a step's only task takes the run first, then the task; a map's task takes the task, and step and run, in this
+-- order, only if the failure is final; then messages: the order of `complete_task` (sql/README.md, "Locks").
 create or replace function pgflow.fail_task(run_id uuid, step_slug text, task_index integer, error_message text)
 returns setof pgflow.step_tasks
 language plpgsql
 volatile
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-    v_topic      text := 'pgflow:run:' || fail_task.run_id;
-    v_step       record;
-    v_task       pgflow.step_tasks;
-    v_run        pgflow.runs;
-    v_tries_left boolean;
-    v_delay      numeric;
+    v_topic        text := 'pgflow:run:' || fail_task.run_id;
+    v_alone        boolean;
+    v_max_attempts integer;
+    v_base_delay   numeric;
+    v_run_failed   boolean;
+    v_task         pgflow.step_tasks;
+    v_moved        boolean;
+    v_first        boolean := false;
+    v_delay        numeric;
 begin
     select
-        coalesce(d.opt_max_attempts, f.opt_max_attempts) as max_attempts,
-        coalesce(d.opt_base_delay, f.opt_base_delay)::numeric as base_delay
-    into v_step
+        s.initial_tasks = 1, coalesce(d.opt_max_attempts, f.opt_max_attempts),
+        coalesce(d.opt_base_delay, f.opt_base_delay), r.status = 'failed'
+    into v_alone, v_max_attempts, v_base_delay, v_run_failed
     from pgflow.step_states as s
+    join pgflow.runs as r on r.run_id = s.run_id
     join pgflow.steps as d on d.flow_slug = s.flow_slug and d.step_slug = s.step_slug
     join pgflow.flows as f on f.flow_slug = s.flow_slug
-    where s.run_id = fail_task.run_id and s.step_slug = fail_task.step_slug
-    for no key update of s;
+    where s.run_id = fail_task.run_id and s.step_slug = fail_task.step_slug;
 
-    select t.* into v_task
-    from pgflow.step_tasks as t
-    where t.run_id = fail_task.run_id and t.step_slug = fail_task.step_slug and t.task_index = fail_task.task_index;
-    if not found then
-        return;
-    elsif v_task.status not in ('queued', 'started') then
-        return next v_task;
-        return;
+    if v_alone then
+        select r.status = 'failed' into v_run_failed
+        from pgflow.runs as r
+        where r.run_id = fail_task.run_id
+        for no key update;
     end if;
 
-    v_tries_left := v_task.status = 'queued' or v_task.attempts_count < v_step.max_attempts;
-    if v_tries_left then
-        select r.* into v_run from pgflow.runs as r where r.run_id = v_task.run_id;
-    else
-        select r.* into v_run from pgflow.runs as r where r.run_id = v_task.run_id for no key update;
-    end if;
-
-    if v_tries_left and v_run.status <> 'failed' then
-        if v_task.status = 'started' then
-            update pgflow.step_tasks as t
-            set status = 'queued', started_at = null, failed_at = null, error_message = fail_task.error_message
-            where t.run_id = v_task.run_id and t.step_slug = v_task.step_slug and t.task_index = v_task.task_index
-            returning t.* into v_task;
+    update pgflow.step_tasks as t
+    set status = case when v_run_failed or t.attempts_count >= v_max_attempts then 'failed' else 'queued' end,
+        failed_at = case when v_run_failed or t.attempts_count >= v_max_attempts then now() end,
+        started_at = case when v_run_failed or t.attempts_count >= v_max_attempts then t.started_at end,
+        error_message = fail_task.error_message
+    where t.run_id = fail_task.run_id and t.step_slug = fail_task.step_slug and t.task_index = fail_task.task_index
+      and t.status = 'started'
+    returning t.* into v_task;
+    v_moved := found;
+    if not v_moved then
+        select t.* into v_task
+        from pgflow.step_tasks as t
+        where t.run_id = fail_task.run_id and t.step_slug = fail_task.step_slug and t.task_index = fail_task.task_index;
+        if not found then
+            return;
         end if;
+    end if;
 
+    if v_task.status = 'queued' and not v_run_failed then
         v_delay := case
-            when v_task.attempts_count > 31 or v_step.base_delay * 2 ^ v_task.attempts_count > 2147483647
-                then 2147483647
-            else pgflow.calculate_retry_delay(v_step.base_delay, v_task.attempts_count)
+            when v_task.attempts_count > 31 or v_base_delay * 2 ^ v_task.attempts_count > 2147483647 then 2147483647
+            else pgflow.calculate_retry_delay(v_base_delay, v_task.attempts_count)
         end;
         execute format('update pgmq.%I set vt = $1 where msg_id = $2', 'q_' || lower(v_task.flow_slug))
         using now() + make_interval(secs => v_delay::double precision), v_task.message_id;
@@ -64,44 +70,47 @@ begin
         return;
     end if;
 
-    if v_task.status = 'started' then
-        update pgflow.step_tasks as t
+    -- The first failure that is final fails step and run.
+    if v_moved and not v_run_failed then
+        update pgflow.step_states as s
         set status = 'failed', failed_at = now(), error_message = fail_task.error_message
-        where t.run_id = v_task.run_id and t.step_slug = v_task.step_slug and t.task_index = v_task.task_index
-        returning t.* into v_task;
+        where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug and s.status = 'started';
+        if found then
+            update pgflow.runs as r
+            set status = 'failed', failed_at = now()
+            where r.run_id = v_task.run_id and r.status = 'started';
+            v_first := found;
+            if not v_first then
+                -- Another step failed it after this call's look.
+                update pgflow.step_states as s
+                set status = 'started', failed_at = null, error_message = null
+                where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
+            end if;
+        end if;
     end if;
 
     -- The run had failed already: the task is closed, and that is all.
-    if v_run.status = 'failed' then
-        perform pgmq.archive(v_task.flow_slug::text, v_task.message_id::bigint);
+    if not v_first then
+        if v_moved or v_task.status = 'queued' then
+            perform pgflow._archive_message(v_task.flow_slug, v_task.message_id);
+        end if;
         return next v_task;
         return;
     end if;
 
-    update pgflow.step_states as s
-    set status = 'failed', failed_at = now(), error_message = fail_task.error_message
-    where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
-    update pgflow.runs as r set status = 'failed', failed_at = now() where r.run_id = v_task.run_id
-    returning r.* into v_run;
+    perform flowgate.publish(
+        v_topic,
+        array['step:' || v_task.step_slug || ':failed', 'run:failed'],
+        array[
+            jsonb_build_object(
+                'event_type', 'step:failed', 'run_id', v_task.run_id, 'step_slug', v_task.step_slug,
+                'status', 'failed', 'error_message', fail_task.error_message, 'failed_at', v_task.failed_at),
+            jsonb_build_object(
+                'event_type', 'run:failed', 'run_id', v_task.run_id, 'flow_slug', v_task.flow_slug,
+                'status', 'failed', 'error_message', fail_task.error_message, 'failed_at', v_task.failed_at)]);
 
-    perform realtime.send(
-        jsonb_build_object(
-            'event_type', 'step:failed', 'run_id', v_task.run_id, 'step_slug', v_task.step_slug,
-            'status', 'failed', 'error_message', fail_task.error_message, 'failed_at', v_run.failed_at),
-        'step:' || v_task.step_slug || ':failed', v_topic, false);
-    perform realtime.send(
-        jsonb_build_object(
-            'event_type', 'run:failed', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
-            'status', v_run.status, 'error_message', fail_task.error_message, 'failed_at', v_run.failed_at),
-        'run:failed', v_topic, false);
-
-    -- Those of its siblings and of other steps too: nothing of a failed run is worked on.
-    perform pgmq.archive(v_task.flow_slug::text, array_agg(t.message_id))
-    from pgflow.step_tasks as t
-    where t.run_id = v_task.run_id
-      and (t.status in ('queued', 'started')
-           or (t.step_slug = v_task.step_slug and t.task_index = v_task.task_index))
-    having count(t.message_id) > 0;
+    -- Those of its siblings and of other steps too.
+    perform pgflow._archive_run_messages(v_task.flow_slug, v_task.run_id, v_task.message_id);
     return next v_task;
 end;
 $$;

@@ -1,0 +1,52 @@
+-- Publishes events of one topic, in this order: rows in the outbox, in the caller's own transaction, and a wake-up if a reader
+-- sleeps. `events` and `payloads` have as many elements.
+-- Called by: pgflow's functions. Locks: the topic's counter row, until the caller commits, so events of one topic are numbered
+-- 1, 2, 3 … in commit order. pgflow holds the run's row by then, so its callers never wait here.
+-- Failure: the caller's. What a run has done and what its events tell must not differ, and a savepoint around them would cost
+-- more than writing them (and a transaction id each). `realtime.send`, which anybody calls, has one.
+--
+-- SECURITY DEFINER, so that callers need no right on the outbox; PUBLIC may not execute it (an event could be forged).
+-- A plain role that installed everything just works; others get EXECUTE by `flowgate.grant_worker`.
+--
+-- The wake-up has a constant payload, so Postgres keeps one per transaction. Whether a reader sleeps is looked up after the
+-- inserts: a transaction that finds it awake had its id before the reader fell asleep, and the reader looks on until those have
+-- ended. An old snapshot can't tell, so at the stricter isolation levels it is always notified.
+create or replace function flowgate.publish(topic text, events text[], payloads jsonb[])
+returns void
+language plpgsql
+volatile
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+    v_count integer := cardinality(publish.events);
+    v_ended boolean := publish.events && array['run:completed', 'run:failed'];
+    v_seq   bigint;
+begin
+    insert into flowgate.topic as counter (topic, seq, ended)
+    values (publish.topic, v_count, v_ended)
+    on conflict (topic) do update
+        set seq = counter.seq + excluded.seq, ended = counter.ended or excluded.ended, updated_at = excluded.updated_at
+    returning counter.seq - v_count into v_seq;
+
+    if v_count = 1 then
+        insert into flowgate.event (topic, seq, event, payload)
+        values (publish.topic, v_seq + 1, publish.events[1], publish.payloads[1]);
+    else
+        insert into flowgate.event (topic, seq, event, payload)
+        select publish.topic, v_seq + told.place, told.event, told.payload
+        from unnest(publish.events, publish.payloads) with ordinality as told(event, payload, place)
+        order by told.place;
+    end if;
+
+    if current_setting('flowgate.wake', true) is distinct from 'off'
+        and (current_setting('transaction_isolation') <> 'read committed'
+             or exists (select from flowgate.reader as r where r.asleep))
+    then
+        perform pg_notify('flowgate_wake', '');
+    end if;
+end;
+$$;
+
+revoke all on function flowgate.publish(text, text[], jsonb[]) from public;
