@@ -8,6 +8,7 @@
 //! Never waits for a reader and never decodes a payload. `client/session` subscribes; `app` builds the `Hubs`.
 
 mod hub;
+mod rhythm;
 mod subscription;
 mod upstream;
 
@@ -44,6 +45,7 @@ pub(crate) struct EventMetrics {
     pub(crate) cuts_lost: Arc<Counter>,
     pub(crate) gaps: Arc<Counter>,
     pub(crate) wakeups: Arc<Counter>,
+    pub(crate) awake: Arc<Counter>,
     pub(crate) outbox_reads: Arc<Counter>,
     pub(crate) outbox_rows: Arc<Counter>,
     pub(crate) replay_reads: Arc<Counter>,
@@ -72,6 +74,10 @@ impl EventMetrics {
                 "Gap markers queued for a subscriber.",
             ),
             wakeups: counter("flowgate_event_wakeups_total", "Wake-ups from the outbox."),
+            awake: counter(
+                "flowgate_event_reader_awake_total",
+                "Times a reader of the outbox stayed awake, so that writers need not notify.",
+            ),
             outbox_reads: counter(
                 "flowgate_event_outbox_reads_total",
                 "Reads of what the outbox has new.",

@@ -28,12 +28,14 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 use crate::pgflow::events::{WAKE_CHANNEL, envelope};
 use crate::server::control::{ControlConnection, DialError, dial, words};
 
 use super::EventsError;
 use super::hub::{Hub, Mailbox, OutboxWork, Work};
+use super::rhythm::{Rhythm, Turn};
 use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page};
 
 const APPLICATION: &str = "flowgate events";
@@ -52,7 +54,13 @@ const LISTEN_BATCH: usize = 500;
 
 /// Index scans whatever the statistics say: the outbox's tail is tiny, and a plan made while it was empty is not.
 const SETTINGS: &str = "set search_path = ''; set enable_seqscan = off; set jit = off; set statement_timeout = 0; \
-                        set default_transaction_isolation = 'read committed'; set standard_conforming_strings = on";
+                        set default_transaction_isolation = 'read committed'; set standard_conforming_strings = on; \
+                        set synchronous_commit = off";
+
+/// Rows of readers that are gone make senders notify nobody.
+const REGISTER: &str = "delete from flowgate.reader r where not exists \
+                        (select from pg_stat_activity a where a.pid = r.pid and a.datname = current_database()); \
+                        insert into flowgate.reader (reader_id, pid, asleep) values (";
 
 /// Runs until nobody has listened for a while, or shutdown.
 pub(super) async fn run(hub: Arc<Hub>) {
@@ -148,6 +156,11 @@ impl Snapshot {
         })
     }
 
+    fn in_progress(&self) -> Vec<u64> {
+        let xids = self.xip.split(',').filter_map(|xid| xid.parse().ok());
+        xids.collect()
+    }
+
     /// The rows a transaction wrote that was not visible.
     fn unseen(&self) -> String {
         let mut sql = format!("e.xid >= '{}'::xid8", self.xmax);
@@ -164,6 +177,9 @@ struct Session<'a> {
     cursor: &'a mut Option<Cursor>,
     /// Runs can be told to their flow only where pgflow is.
     has_runs: bool,
+    /// Of our row in `flowgate.reader`. `None`: not there, so senders always notify (or, if it is older SQL, always did).
+    reader: Option<Uuid>,
+    rhythm: Rhythm,
 }
 
 /// Aborts the connection when the session ends, whatever way.
@@ -190,6 +206,8 @@ impl<'a> Session<'a> {
             client,
             cursor,
             has_runs: false,
+            reader: None,
+            rhythm: Rhythm::new(Instant::now()),
         };
         session.execute(SETTINGS).await?;
         let pid = session.one_row("select pg_backend_pid()").await?;
@@ -206,7 +224,7 @@ impl<'a> Session<'a> {
         loop {
             session.work().await?;
             if hub.is_stopping() {
-                return Ok(());
+                return session.unregister().await;
             }
             match (hub.is_idle(), idle_since) {
                 (true, None) => idle_since = Some(Instant::now()),
@@ -214,14 +232,16 @@ impl<'a> Session<'a> {
                 (true, Some(_)) => {}
             }
             let linger = idle_since.map_or(now, |since| since + LINGER);
+            let look = session.rhythm.next().filter(|_| session.cursor.is_some());
             tokio::select! {
                 ended = &mut driver.0 => {
                     return Err(ended.ok().and_then(Result::err).map_or(SessionError::Closed, SessionError::Postgres));
                 }
                 () = hub.kick.notified() => {}
                 _ = probe.tick(), if session.cursor.is_some() => hub.probe(),
+                () = sleep_until(look.unwrap_or(now)), if look.is_some() => hub.probe(),
                 _ = heartbeat.tick() => session.execute("").await?,
-                () = sleep_until(linger), if idle_since.is_some() => return Ok(()),
+                () = sleep_until(linger), if idle_since.is_some() => return session.unregister().await,
             }
         }
     }
@@ -237,7 +257,10 @@ impl<'a> Session<'a> {
                 OutboxWork::Nothing => {}
                 OutboxWork::Start => self.or_without_outbox(Step::Start).await?,
                 OutboxWork::Read => self.or_without_outbox(Step::Read).await?,
-                OutboxWork::Stop => *self.cursor = None,
+                OutboxWork::Stop => {
+                    *self.cursor = None;
+                    self.unregister().await?;
+                }
             }
             for mailbox in &work.hungry {
                 self.feed(mailbox).await?;
@@ -270,7 +293,7 @@ impl<'a> Session<'a> {
     async fn or_without_outbox(&mut self, step: Step) -> Result<(), SessionError> {
         let done = match step {
             Step::Start => self.start_outbox().await,
-            Step::Read => self.read_outbox(Since::LastRead).await,
+            Step::Read => self.look().await,
         };
         match done {
             Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => {
@@ -306,6 +329,7 @@ impl<'a> Session<'a> {
             self.hub.outbox_missing();
             return Ok(());
         }
+        self.register().await?;
         self.has_runs = found.get(2) == Some("t");
         if found.get(1) == Some("t") && !self.has_runs {
             warn!(
@@ -334,6 +358,86 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
+    /// Tells senders that somebody sleeps who must be notified. One who had not seen it yet may be in progress.
+    async fn register(&mut self) -> Result<(), SessionError> {
+        self.unregister().await?;
+        let there = "select coalesce(has_table_privilege(to_regclass('flowgate.reader'), 'insert, update, delete'), false), \
+                     to_regclass('flowgate.reader') is not null";
+        let there = self.one_row(there).await?;
+        if there.get(0) != Some("t") {
+            if there.get(1) == Some("t") {
+                warn!(
+                    database = self.hub.database,
+                    "no right to write flowgate.reader: events come at the next probe only"
+                );
+            }
+            return Ok(());
+        }
+        let id = Uuid::new_v4();
+        self.execute(&format!("{REGISTER}'{id}', pg_backend_pid(), true)"))
+            .await?;
+        self.reader = Some(id);
+        self.drowse().await
+    }
+
+    async fn unregister(&mut self) -> Result<(), SessionError> {
+        self.rhythm = Rhythm::new(Instant::now());
+        let Some(id) = self.reader.take() else {
+            return Ok(());
+        };
+        match self
+            .execute(&format!(
+                "delete from flowgate.reader where reader_id = '{id}'"
+            ))
+            .await
+        {
+            // Taken out meanwhile, with all the rest.
+            Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn drowse(&mut self) -> Result<(), SessionError> {
+        let row = self.one_row("select pg_current_snapshot()::text").await?;
+        let seen = row
+            .get(0)
+            .and_then(Snapshot::parse)
+            .ok_or(SessionError::Answer("pg_current_snapshot"))?;
+        self.rhythm.drowsy(Instant::now(), seen.in_progress());
+        Ok(())
+    }
+
+    /// Reads what is new, and tells senders when that changes whether they must notify.
+    async fn look(&mut self) -> Result<(), SessionError> {
+        let rows = self.read_outbox(Since::LastRead).await?;
+        let (Some(id), Some(cursor)) = (self.reader, self.cursor.as_ref()) else {
+            return Ok(());
+        };
+        let running = cursor.seen.in_progress();
+        match self.rhythm.looked(Instant::now(), rows, &running) {
+            Turn::Stay => {}
+            Turn::Wake => {
+                self.tell(id, false).await?;
+                self.rhythm.awake(Instant::now());
+                self.hub.common.metrics.awake.inc();
+            }
+            Turn::Sleep => {
+                self.tell(id, true).await?;
+                self.drowse().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn tell(&self, id: Uuid, asleep: bool) -> Result<(), SessionError> {
+        // Again, if somebody took the row for one of a reader that is gone.
+        self.execute(&format!(
+            "insert into flowgate.reader as r (reader_id, pid, asleep) values ('{id}', pg_backend_pid(), {asleep}) \
+             on conflict (reader_id) do update set asleep = excluded.asleep"
+        ))
+        .await
+    }
+
     async fn new_cursor(&self, timeline: String) -> Result<Cursor, SessionError> {
         let row = self.one_row("select pg_current_snapshot()::text").await?;
         let seen = row
@@ -356,9 +460,10 @@ impl<'a> Session<'a> {
         })
     }
 
-    async fn read_outbox(&mut self, since: Since) -> Result<(), SessionError> {
+    /// How many rows there were.
+    async fn read_outbox(&mut self, since: Since) -> Result<usize, SessionError> {
         let Some(cursor) = self.cursor.as_mut() else {
-            return Ok(());
+            return Ok(0);
         };
         let mut unseen = cursor.seen.unseen();
         match since {
@@ -392,6 +497,7 @@ impl<'a> Session<'a> {
         metrics.outbox_reads.inc();
         let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
         let mut now = None;
+        let mut count = 0;
         while let Some(message) = answered(poll_fn(|cx| {
             Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose())
         }))
@@ -406,6 +512,7 @@ impl<'a> Session<'a> {
             let Some(event) = event(&row, 1) else {
                 continue;
             };
+            count += 1;
             if cursor.partial.insert(event.id) {
                 metrics.outbox_rows.inc();
                 cursor.last_id = cursor.last_id.max(event.id);
@@ -414,7 +521,7 @@ impl<'a> Session<'a> {
         }
         cursor.seen = now.ok_or(SessionError::Answer("the outbox read"))?;
         cursor.partial = HashSet::new();
-        Ok(())
+        Ok(count)
     }
 
     /// One page for each stream of this reader that is owed one.

@@ -1,0 +1,177 @@
+//! When a reader of the outbox looks by itself and when it sleeps until it is notified. Pure: `upstream.rs` reads, tells the
+//! senders (`flowgate.reader.asleep`) and passes the time in.
+//!
+//! **Why.** NOTIFY holds one lock of the whole cluster until its transaction has reached the disk, so notifying transactions
+//! commit one by one. Under load the reader is busy anyway: it says that it is awake, looks every `LOOK`, and nobody
+//! notifies. **Falling asleep loses nothing**: whoever found it awake had its transaction id before it said otherwise, so it
+//! looks on until all that were in progress at that moment have ended.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Between two looks while awake: half of it is the latency that sparing the NOTIFY costs.
+const LOOK: Duration = Duration::from_millis(5);
+/// While what was in progress has not ended, looks become rarer up to this.
+const LOOK_MAX: Duration = Duration::from_millis(200);
+/// So many looks that found something, in so short a time, and it stays awake.
+const BUSY_LOOKS: u32 = 5;
+const BUSY: Duration = Duration::from_millis(100);
+/// Nothing found for so long, and it falls asleep.
+const QUIET: Duration = Duration::from_millis(200);
+
+#[derive(Debug)]
+pub(super) struct Rhythm {
+    mode: Mode,
+    /// Looks that found something since then.
+    found: u32,
+    since: Instant,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Mode {
+    /// Senders notify.
+    Asleep,
+    /// Senders don't. Something was found last at that time.
+    Awake { found: Instant, next: Instant },
+    /// Senders notify, but those that were in progress may not have known.
+    Drowsy {
+        in_progress: Vec<u64>,
+        pause: Duration,
+        next: Instant,
+    },
+}
+
+/// What the senders must be told after a look.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Stay,
+    /// `asleep = false`, then `Rhythm::awake`.
+    Wake,
+    /// `asleep = true`, then `Rhythm::drowsy` with what is in progress after that has been committed.
+    Sleep,
+}
+
+impl Rhythm {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            mode: Mode::Asleep,
+            found: 0,
+            since: now,
+        }
+    }
+
+    /// When to look without having been notified.
+    pub(super) fn next(&self) -> Option<Instant> {
+        match &self.mode {
+            Mode::Asleep => None,
+            Mode::Awake { next, .. } | Mode::Drowsy { next, .. } => Some(*next),
+        }
+    }
+
+    pub(super) fn awake(&mut self, now: Instant) {
+        self.mode = Mode::Awake {
+            found: now,
+            next: now + LOOK,
+        };
+    }
+
+    pub(super) fn drowsy(&mut self, now: Instant, in_progress: Vec<u64>) {
+        self.found = 0;
+        self.mode = Mode::Drowsy {
+            in_progress,
+            pause: LOOK,
+            next: now + LOOK,
+        };
+    }
+
+    /// After each read: how many rows it found, and the transactions that its snapshot saw in progress.
+    pub(super) fn looked(&mut self, now: Instant, rows: usize, running: &[u64]) -> Turn {
+        match &mut self.mode {
+            Mode::Awake { found, next } => {
+                *next = now + LOOK;
+                if rows > 0 {
+                    *found = now;
+                } else if now.duration_since(*found) >= QUIET {
+                    return Turn::Sleep;
+                }
+                return Turn::Stay;
+            }
+            Mode::Drowsy {
+                in_progress,
+                pause,
+                next,
+            } => {
+                in_progress.retain(|xid| running.contains(xid));
+                if in_progress.is_empty() {
+                    self.mode = Mode::Asleep;
+                } else {
+                    *pause = (*pause * 2).min(LOOK_MAX);
+                    *next = now + *pause;
+                }
+            }
+            Mode::Asleep => {}
+        }
+        if rows == 0 {
+            return Turn::Stay;
+        }
+        if now.duration_since(self.since) > BUSY {
+            (self.since, self.found) = (now, 0);
+        }
+        self.found += 1;
+        if self.found < BUSY_LOOKS {
+            Turn::Stay
+        } else {
+            Turn::Wake
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_single_event_now_and_then_leaves_it_asleep() {
+        let start = Instant::now();
+        let mut rhythm = Rhythm::new(start);
+        for event in 0..100 {
+            assert_eq!(rhythm.looked(start + event * 50 * MS, 1, &[]), Turn::Stay);
+            assert_eq!(rhythm.next(), None);
+        }
+    }
+
+    #[test]
+    fn many_at_once_keep_it_awake_until_nothing_comes_any_more() {
+        let start = Instant::now();
+        let mut rhythm = Rhythm::new(start);
+        for look in 0..4 {
+            assert_eq!(rhythm.looked(start + look * MS, 3, &[]), Turn::Stay);
+        }
+        assert_eq!(rhythm.looked(start + 4 * MS, 3, &[]), Turn::Wake);
+        rhythm.awake(start + 4 * MS);
+        assert_eq!(rhythm.next(), Some(start + 9 * MS));
+        assert_eq!(rhythm.looked(start + 150 * MS, 1, &[]), Turn::Stay);
+        assert_eq!(rhythm.looked(start + 349 * MS, 0, &[]), Turn::Stay);
+        assert_eq!(rhythm.looked(start + 350 * MS, 0, &[]), Turn::Sleep);
+    }
+
+    #[test]
+    fn it_looks_on_until_all_that_may_have_thought_it_awake_have_ended() {
+        let start = Instant::now();
+        let mut rhythm = Rhythm::new(start);
+        rhythm.drowsy(start, vec![10, 14]);
+        assert_eq!(rhythm.next(), Some(start + LOOK));
+        assert_eq!(rhythm.looked(start + 5 * MS, 0, &[10, 14, 20]), Turn::Stay);
+        assert_eq!(rhythm.next(), Some(start + 15 * MS));
+        assert_eq!(rhythm.looked(start + 15 * MS, 1, &[14, 21]), Turn::Stay);
+        for look in 0..10 {
+            assert_eq!(rhythm.looked(start + look * MS, 0, &[14]), Turn::Stay);
+        }
+        assert_eq!(rhythm.next(), Some(start + 9 * MS + LOOK_MAX));
+        assert_eq!(rhythm.looked(start + 20 * MS, 0, &[22]), Turn::Stay);
+        assert_eq!(rhythm.next(), None);
+    }
+}
