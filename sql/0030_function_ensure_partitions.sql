@@ -8,6 +8,7 @@ create or replace function flowgate.ensure_partitions(days_ahead integer default
 returns integer
 language plpgsql
 volatile
+security definer
 set search_path = ''
 set lock_timeout = '300ms'
 set timezone = 'UTC'

@@ -1,14 +1,14 @@
 -- Drops the outbox partitions that ended more than `retention` ago, and forgets counters of topics that are over.
--- Returns how many partitions were dropped. A topic is over when its run has ended and it has been silent for
--- `retention`; topics that aren't runs are kept 90 days longer, as nothing says that they end. A run that has not
--- ended keeps its counter however old, so that its `seq` never starts again.
+-- Returns how many partitions were dropped.
 -- Called by: Flowgate's maintenance. Locks: ACCESS EXCLUSIVE on the outbox for the moment of each drop, waiting at most
--- `lock_timeout`; a partition that is busy is left for the next call. Counters go at most 10,000 a call, SKIP LOCKED.
+-- `lock_timeout`; a partition that is busy is left for the next call. Counters: those of
+-- `flowgate.forget_topics`, at most 10,000 a call.
 -- Failure: rolls back that partition only.
 create or replace function flowgate.drop_partitions(retention interval)
 returns integer
 language plpgsql
 volatile
+security definer
 set search_path = ''
 set lock_timeout = '300ms'
 set timezone = 'UTC'
@@ -41,16 +41,7 @@ begin
         end;
     end loop;
 
-    delete from flowgate.topic as t
-    where t.topic in (
-        select old.topic
-        from flowgate.topic as old
-        where (old.updated_at < now() - drop_partitions.retention and old.ended)
-           or (old.updated_at < now() - drop_partitions.retention - interval '90 days'
-               and old.topic not like 'pgflow:run:%')
-        limit 10000
-        for update skip locked
-    );
+    perform flowgate.forget_topics(drop_partitions.retention);
     return v_dropped;
 end;
 $$;

@@ -29,7 +29,12 @@ begin
     from (
         select
             n.run_id, n.step_slug, n.task_index, n.attempts_count, n.status, n.error_message,
-            case when n.status = 'queued' then 'retrying' else n.status end as what
+            case
+                when n.status <> 'queued' then n.status
+                -- `fail_task` leaves the worker and says why; who puts back a stalled task forgets the one and keeps the other.
+                when n.last_worker_id is null and n.error_message is not distinct from o.error_message then 'requeued'
+                else 'retrying'
+            end as what
         from after_change as n
         join before_change as o
           on o.run_id = n.run_id and o.step_slug = n.step_slug and o.task_index = n.task_index

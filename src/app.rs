@@ -22,6 +22,7 @@ use crate::client::{RunTokens, StatementRegistry, Verifiers, acceptor};
 use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
+use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::pool::checkout::{ClientIds, Pools};
 use crate::pool::probe::Freshness;
@@ -75,6 +76,7 @@ pub struct App {
     planes: Vec<Plane>,
     http_task: Option<JoinHandle<io::Result<()>>>,
     readiness: JoinHandle<()>,
+    maintenance: Maintenance,
 }
 
 /// One data-plane thread: a whole runtime with its own acceptor.
@@ -184,6 +186,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
             )
         }
     };
+    let maintenance = Maintenance::start(config, &registry, &control);
     info!(%postgres, http = ?http, primary = %config.primary, replicas = config.replicas.len(), "serving");
     Ok(App {
         postgres,
@@ -196,6 +199,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         planes,
         http_task,
         readiness: readiness_task,
+        maintenance,
     })
 }
 
@@ -204,6 +208,8 @@ impl App {
     pub async fn shut_down(self) {
         // Nobody may be watching any more.
         self.running.send_replace(Running::Draining);
+        // Another flowgate may go on with it while we drain.
+        self.maintenance.shut_down().await;
         let deadline = Instant::now() + self.drain_timeout;
         let mut threads = Vec::new();
         for mut plane in self.planes {

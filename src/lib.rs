@@ -8,6 +8,9 @@
 //! **An event.** `realtime.send` writes the outbox and wakes `events/upstream` (one connection a database) →
 //! `events/hub` → each subscriber's bounded queue → `client/session` writes the frame between requests.
 //!
+//! **Upkeep.** `maintenance` requeues stalled tasks, turns over the outbox's partitions and prunes old runs, over a connection
+//! that holds a lock, so that one flowgate a database does it.
+//!
 //! Imports point down, band by band (`tests/architecture.rs` holds it).
 
 // Band 0: vocabulary. Imports nothing of ours.
@@ -32,6 +35,7 @@ pub mod route;
 pub mod client;
 pub mod embedded;
 pub mod http;
+mod maintenance;
 pub mod schema;
 
 // Band 4: assembly.

@@ -11,6 +11,7 @@ mod demo;
 mod embedded;
 mod events;
 mod hostile;
+mod maintenance;
 mod protocol;
 mod reads;
 mod schema;
