@@ -291,3 +291,24 @@ async fn a_run_ends_when_no_step_remains_with_the_outputs_of_its_leaves() {
     core.run(&end).await;
     assert_eq!(core.events(1).await.matches("run:completed").count(), 1);
 }
+
+#[tokio::test]
+async fn of_a_run_that_is_not_there_nothing_moves() {
+    let core = Core::new().await;
+    let id = run(1);
+    for call in [
+        "cascade_complete_taskless_steps",
+        "start_ready_steps",
+        "maybe_complete_run",
+    ] {
+        for argument in [format!("'{id}'"), "null".to_owned()] {
+            let shown = core
+                .show(&format!("select pgflow.{call}({argument})"))
+                .await;
+            let nothing = if call.starts_with("cascade") { "0" } else { "" };
+            assert_eq!(shown, nothing, "{call}({argument})");
+        }
+    }
+    let left = "select count(*) from flowgate.event; select count(*) from pgflow.runs";
+    assert_eq!(core.show(left).await, "0\n0");
+}

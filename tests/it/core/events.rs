@@ -325,3 +325,62 @@ async fn an_event_that_cannot_be_sent_does_not_fail_the_work() {
         "1 run:started\n2 step:a:started\n3 run:completed"
     );
 }
+
+#[tokio::test]
+async fn tasks_tell_of_themselves_only_where_that_was_asked_for() {
+    let core = Core::new().await;
+    core.define("flow f(max_attempts => 2, base_delay => 0)\n map m\n a")
+        .await;
+    let told = "select event, seq, payload - 'run_id' from flowgate.event where event like 'task:%' order by id";
+    core.start_flow("f", "[1]", 1).await;
+    core.take("f").await;
+    core.complete(1, "a", 0, "1").await;
+    assert_eq!(core.show(told).await, "", "not at first");
+
+    assert_eq!(
+        core.show("select flowgate.set_task_events(true)").await,
+        "t"
+    );
+    core.complete(1, "m", 0, "1").await;
+    core.start_flow("f", "[1]", 2).await;
+    core.take("f").await;
+    core.fail(2, "a", 0, "once").await;
+    core.take("f").await;
+    core.fail(2, "a", 0, "twice").await;
+    let told_of: Vec<_> = core.show(told).await.lines().map(str::to_owned).collect();
+    let mut expected = [
+        ("m", "completed", 1, "completed", None),
+        ("a", "started", 1, "started", None),
+        ("m", "started", 1, "started", None),
+        ("a", "retrying", 1, "queued", Some("once")),
+        ("a", "started", 2, "started", None),
+        ("a", "failed", 2, "failed", Some("twice")),
+    ]
+    .map(|(step, event, attempts, status, error)| {
+        let error = error.map_or(String::new(), |error| {
+            format!("\"error_message\": \"{error}\", ")
+        });
+        // jsonb sorts keys by length first.
+        format!(
+            "task:{step}:0:{event} ∅ {{\"status\": \"{status}\", \"step_slug\": \"{step}\", \"event_type\": \"task:{event}\", \
+             \"task_index\": 0, {error}\"attempts_count\": {attempts}}}"
+        )
+    });
+    // The two starts are one statement's.
+    if told_of[1] != expected[1] {
+        expected.swap(1, 2);
+    }
+    assert_eq!(told_of, expected);
+    // What is counted is counted as ever.
+    let counted = "select max(seq) - count(seq) from flowgate.event group by topic";
+    assert_eq!(core.show(counted).await, "0\n0");
+
+    assert_eq!(
+        core.show("select flowgate.set_task_events(false)").await,
+        "f"
+    );
+    let before = core.show(told).await;
+    core.start_flow("f", "[1]", 3).await;
+    core.take("f").await;
+    assert_eq!(core.show(told).await, before);
+}

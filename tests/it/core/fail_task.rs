@@ -246,6 +246,38 @@ async fn a_final_failure_takes_every_message_of_its_run_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_failure_in_a_run_that_has_failed_ends_its_own_task_only() {
+    let core = Core::new().await;
+    core.define("flow f(max_attempts => 5)\n a\n b").await;
+    core.start_flow("f", "{}", 1).await;
+    let id = run(1);
+    core.run(&format!(
+        "select pgflow.start_tasks('f', array(select message_id from pgflow.step_tasks where step_slug = 'a'), '{WORKER}');
+         update pgflow.runs set status = 'failed', failed_at = now()"
+    ))
+    .await;
+    // However many tries it has left.
+    let row = format!(
+        "select status, error_message, failed_at = now(), attempts_count from pgflow.fail_task('{id}', 'a', 0, 'late')"
+    );
+    assert_eq!(core.show(&row).await, "failed late t 1");
+    assert_eq!(core.archive("f").await, "a 0");
+    assert_eq!(
+        core.states(1).await,
+        "failed 2\na started 1 0 1\nb started 1 0 1"
+    );
+    let step = "select count(*) from pgflow.step_states where error_message is not null or failed_at is not null";
+    assert_eq!(core.show(step).await, "0");
+    assert_eq!(
+        core.events(1).await,
+        "run:started step:a:started step:b:started"
+    );
+    // A task that was never started is not closed.
+    assert_eq!(core.fail(1, "b", 0, "late").await, "queued");
+    assert_eq!(core.tasks(1).await, "a 0 failed 1\nb 0 queued 0");
+}
+
+#[tokio::test]
 async fn what_has_ended_does_not_fail() {
     let core = Core::new().await;
     core.define("flow f(max_attempts => 1)\n a\n b").await;

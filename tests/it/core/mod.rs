@@ -120,7 +120,8 @@ impl Core {
     async fn events(&self, n: u32) -> String {
         let run = run(n);
         self.show(&format!(
-            "select string_agg(event, ' ' order by seq) from flowgate.event where topic = 'pgflow:run:{run}'"
+            "select string_agg(event, ' ' order by seq) from flowgate.event
+             where topic = 'pgflow:run:{run}' and seq is not null"
         ))
         .await
     }
