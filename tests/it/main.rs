@@ -6,6 +6,7 @@
 )]
 
 mod auth;
+mod core;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
