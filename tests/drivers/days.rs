@@ -23,6 +23,9 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
     ("asyncpg", || Box::pin(python("asyncpg_day.py"))),
     ("node_pg", || Box::pin(node("pg_day.cjs"))),
     ("postgres_js", || Box::pin(node("postgres_day.cjs"))),
+    ("pgflow_sql_client_directly_and_through", || {
+        Box::pin(pgflow_client())
+    }),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
     ("pgbench_loses_no_transaction", || Box::pin(pgbench())),
 ];
@@ -52,17 +55,41 @@ async fn node(script: &str) -> Outcome {
     scripted(command).await
 }
 
+async fn pgflow_client() -> Outcome {
+    let packages = match fetch::node().await {
+        Ok(packages) => packages,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let db = pg::fresh_database().await;
+    let proxy = proxy(&db).await;
+    let mut command = Command::new("node");
+    command
+        .arg(fetch::source("node").join("pgflow_day.cjs"))
+        .env("NODE_PATH", packages)
+        .env(
+            "FLOWGATE_URLS",
+            format!("{} {}", db.primary_url, proxy.url()),
+        );
+    let outcome = said_done(command).await;
+    proxy.shut_down().await;
+    outcome
+}
+
 /// A script that ends with "the day is done".
 async fn scripted(mut command: Command) -> Outcome {
     let proxy = proxy(&pg::empty_database().await).await;
     command.env("FLOWGATE_URL", proxy.url());
-    let outcome = match run(command).await {
+    let outcome = said_done(command).await;
+    proxy.shut_down().await;
+    outcome
+}
+
+async fn said_done(command: Command) -> Outcome {
+    match run(command).await {
         Ok(said) if said.trim_end().ends_with("the day is done") => Outcome::Passed,
         Ok(said) => Outcome::Failed(format!("ended early:\n{said}")),
         Err(why) => Outcome::Failed(why),
-    };
-    proxy.shut_down().await;
-    outcome
+    }
 }
 
 async fn psql() -> Outcome {
