@@ -45,7 +45,7 @@ begin
     -- A dependency is there before what depends on it, so it has the lower index.
     with skipped as (
         update pgflow.step_states as s
-        set status = 'skipped', skipped_at = now(), remaining_tasks = null,
+        set status = 'skipped', skipped_at = greatest(now(), s.created_at), remaining_tasks = null,
             skip_reason = case
                 when s.step_slug = _cascade_force_skip_steps.step_slug then _cascade_force_skip_steps.skip_reason
                 else 'dependency_skipped'

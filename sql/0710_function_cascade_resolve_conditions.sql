@@ -1,9 +1,9 @@
--- Looks at every step that is ready and has a condition, and fails the run, skips the step, or skips it with all that depends on it,
--- where the condition is not met; again, until no step changes. Returns whether the run has not failed.
+-- Looks at every step that is ready and has a condition, and fails the run, skips the step, or skips it with all that depends on
+-- it, where the condition is not met; again, until no step changes. Returns whether the run has not failed.
 -- A condition is held against the run's input for a step that begins a run, else against {dependency: output} of the
 -- dependencies that completed.
--- Called by: `start_flow`, `complete_task`, `fail_task` and `cascade_complete_taskless_steps`, when a step with a condition may have
--- become ready; always before ready steps are completed or started. Locks: the run, then rows of steps that have not started
+-- Called by: `start_flow`, `complete_task`, `fail_task` and `cascade_complete_taskless_steps`, when a step with a condition may
+-- have become ready; always before ready steps are completed or started. Locks: the run, then rows of steps that have not started
 -- (only holders of the run's lock touch those), then messages. Failure: the caller's; more than 50 rounds raise.
 create or replace function pgflow.cascade_resolve_conditions(run_id uuid)
 returns boolean
@@ -20,11 +20,13 @@ declare
     v_cascade text[];
     v_step    text;
     v_rounds  integer := 0;
+    v_now     timestamptz;
 begin
     select r.* into v_run from pgflow.runs as r where r.run_id = cascade_resolve_conditions.run_id for no key update;
     if v_run.status <> 'started' then
         return v_run.status <> 'failed';
     end if;
+    v_now := greatest(now(), v_run.started_at);
 
     loop
         v_rounds := v_rounds + 1;
@@ -60,9 +62,9 @@ begin
 
         if v_failing is not null then
             update pgflow.step_states as s
-            set status = 'failed', failed_at = now(), error_message = 'Condition not met'
+            set status = 'failed', failed_at = v_now, error_message = 'Condition not met'
             where s.run_id = v_run.run_id and s.step_slug = v_failing;
-            update pgflow.runs as r set status = 'failed', failed_at = now() where r.run_id = v_run.run_id
+            update pgflow.runs as r set status = 'failed', failed_at = v_now where r.run_id = v_run.run_id
             returning r.* into v_run;
 
             perform realtime.send(
@@ -85,14 +87,14 @@ begin
 
         if v_skipped is not null then
             update pgflow.step_states as s
-            set status = 'skipped', skip_reason = 'condition_unmet', skipped_at = now()
+            set status = 'skipped', skip_reason = 'condition_unmet', skipped_at = v_now
             where s.run_id = v_run.run_id and s.step_slug = any (v_skipped);
 
             perform realtime.send(
                 jsonb_build_object(
                     'event_type', 'step:skipped', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
                     'step_slug', skipped.step_slug, 'status', 'skipped', 'skip_reason', 'condition_unmet',
-                    'skipped_at', now()),
+                    'skipped_at', v_now),
                 'step:' || skipped.step_slug || ':skipped', v_topic, false)
             from unnest(v_skipped) with ordinality as skipped(step_slug, place)
             order by skipped.place;

@@ -26,7 +26,8 @@ begin
 
         with done as (
             update pgflow.step_states as s
-            set status = 'completed', started_at = now(), completed_at = now(), remaining_tasks = 0, output = '[]'
+            set status = 'completed', started_at = greatest(now(), s.created_at),
+                completed_at = greatest(now(), s.created_at), remaining_tasks = 0, output = '[]'
             where s.run_id = cascade_complete_taskless_steps.run_id
               and s.status = 'created' and s.remaining_deps = 0 and s.initial_tasks = 0
             returning s.step_slug

@@ -1,6 +1,6 @@
 -- Starts every step whose dependencies are met: one message and one queued task each for its tasks, in order of task_index.
--- Called by: `start_flow`, `complete_task` and `fail_task`, when a step became ready; conditions have been looked at. Locks: run, then rows of steps that have not started.
--- Failure: the caller's.
+-- Called by: `start_flow`, `complete_task` and `fail_task`, when a step became ready; conditions have been looked at.
+-- Locks: run, then rows of steps that have not started. Failure: the caller's.
 --
 -- The whole step goes to its queue in one statement. It writes the queue's table itself, in the columns that every
 -- pgmq since 1.4.4 has: pgmq.send_batch costs about as much again, in functions that are planned anew at each call.
@@ -23,7 +23,7 @@ begin
     for v_step in
         with ready as (
             update pgflow.step_states as s
-            set status = 'started', started_at = now(), remaining_tasks = s.initial_tasks
+            set status = 'started', started_at = greatest(now(), s.created_at), remaining_tasks = s.initial_tasks
             where s.run_id = start_ready_steps.run_id
               and s.status = 'created' and s.remaining_deps = 0 and s.initial_tasks > 0
             returning s.flow_slug, s.run_id, s.step_slug, s.status, s.started_at, s.remaining_tasks
@@ -53,8 +53,9 @@ begin
         into v_message_ids
         using v_step.flow_slug, v_step.run_id, v_step.step_slug, v_step.start_delay, v_step.remaining_tasks;
 
-        insert into pgflow.step_tasks (flow_slug, run_id, step_slug, message_id, task_index)
-        select v_step.flow_slug, v_step.run_id, v_step.step_slug, sent.message_id, sent.place - 1
+        insert into pgflow.step_tasks (flow_slug, run_id, step_slug, message_id, task_index, queued_at)
+        select
+            v_step.flow_slug, v_step.run_id, v_step.step_slug, sent.message_id, sent.place - 1, v_step.started_at
         from unnest(v_message_ids) with ordinality as sent(message_id, place);
     end loop;
 end;

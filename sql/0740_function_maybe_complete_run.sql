@@ -1,6 +1,7 @@
 -- Completes the run if no step remains. Its output is {step: output} over the completed steps that nothing depends on.
 -- Skipped steps are left out; where nothing else is left, the output is null.
--- Called by: `start_flow`, `complete_task` and `fail_task`, when the last step may have ended. Locks: the run. Failure: the caller's.
+-- Called by: `start_flow`, `complete_task` and `fail_task`, when the last step may have ended. Locks: the run. Failure: the
+-- caller's.
 create or replace function pgflow.maybe_complete_run(run_id uuid)
 returns void
 language plpgsql
@@ -13,7 +14,7 @@ declare
 begin
     update pgflow.runs as r
     set status = 'completed',
-        completed_at = now(),
+        completed_at = greatest(now(), r.started_at),
         output = (
             select jsonb_object_agg(s.step_slug, s.output)
             from pgflow.step_states as s

@@ -77,8 +77,8 @@ begin
 
     update pgflow.step_tasks as t
     set status = case when v_map is null then 'completed' else 'failed' end,
-        completed_at = case when v_map is null then now() end,
-        failed_at = case when v_map is null then null else now() end,
+        completed_at = case when v_map is null then greatest(now(), t.started_at) end,
+        failed_at = case when v_map is null then null else greatest(now(), t.started_at) end,
         error_message = case
             when v_map is null then t.error_message
             else '[TYPE_VIOLATION] Produced ' || coalesce(jsonb_typeof(v_output), 'null') || ' instead of array'
@@ -113,10 +113,10 @@ begin
         v_problem := '[TYPE_VIOLATION] Map step ' || v_map || ' expects array input but dependency '
             || v_task.step_slug || ' produced ' || coalesce(jsonb_typeof(v_output), 'null');
 
-        update pgflow.runs as r set status = 'failed', failed_at = now() where r.run_id = v_task.run_id
+        update pgflow.runs as r set status = 'failed', failed_at = v_task.failed_at where r.run_id = v_task.run_id
         returning r.* into v_run;
         update pgflow.step_states as s
-        set status = 'failed', failed_at = now(), error_message = v_problem
+        set status = 'failed', failed_at = v_task.failed_at, error_message = v_problem
         where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
 
         perform realtime.send(
@@ -152,7 +152,7 @@ begin
     end if;
 
     update pgflow.step_states as s
-    set status = 'completed', completed_at = now(), remaining_tasks = 0, output = v_output
+    set status = 'completed', completed_at = v_task.completed_at, remaining_tasks = 0, output = v_output
     where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
 
     with told as (

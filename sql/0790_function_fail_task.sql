@@ -50,7 +50,7 @@ begin
     if v_run.status = 'failed' or v_step.status <> 'started' then
         if v_run.status = 'failed' and v_task.status = 'started' then
             update pgflow.step_tasks as t
-            set status = 'failed', failed_at = now(), error_message = fail_task.error_message
+            set status = 'failed', failed_at = greatest(now(), t.started_at), error_message = fail_task.error_message
             where t.run_id = v_task.run_id and t.step_slug = v_task.step_slug and t.task_index = v_task.task_index
             returning t.* into v_task;
         end if;
@@ -69,7 +69,7 @@ begin
         update pgflow.step_tasks as t
         set status = case when v_final then 'failed' else 'queued' end,
             started_at = case when v_final then t.started_at end,
-            failed_at = case when v_final then now() end,
+            failed_at = case when v_final then greatest(now(), t.started_at) end,
             error_message = fail_task.error_message
         where t.run_id = v_task.run_id and t.step_slug = v_task.step_slug and t.task_index = v_task.task_index
           and t.status = 'started'
@@ -98,9 +98,9 @@ begin
 
     if v_step.when_exhausted = 'fail' then
         update pgflow.step_states as s
-        set status = 'failed', failed_at = now(), error_message = fail_task.error_message
+        set status = 'failed', failed_at = v_task.failed_at, error_message = fail_task.error_message
         where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
-        update pgflow.runs as r set status = 'failed', failed_at = now() where r.run_id = v_task.run_id
+        update pgflow.runs as r set status = 'failed', failed_at = v_task.failed_at where r.run_id = v_task.run_id
         returning r.* into v_run;
 
         perform realtime.send(
@@ -126,7 +126,7 @@ begin
     end if;
 
     update pgflow.step_states as s
-    set status = 'skipped', skip_reason = 'handler_failed', skipped_at = now(), remaining_tasks = null,
+    set status = 'skipped', skip_reason = 'handler_failed', skipped_at = v_task.failed_at, remaining_tasks = null,
         error_message = fail_task.error_message
     where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
     update pgflow.runs as r set remaining_steps = r.remaining_steps - 1 where r.run_id = v_task.run_id;
@@ -134,7 +134,7 @@ begin
     perform realtime.send(
         jsonb_build_object(
             'event_type', 'step:skipped', 'run_id', v_task.run_id, 'step_slug', v_task.step_slug, 'status', 'skipped',
-            'skip_reason', 'handler_failed', 'error_message', fail_task.error_message, 'skipped_at', now()),
+            'skip_reason', 'handler_failed', 'error_message', fail_task.error_message, 'skipped_at', v_task.failed_at),
         'step:' || v_task.step_slug || ':skipped', v_topic, false);
 
     -- Its siblings' too; their rows stay as they are, and what their workers report comes late.

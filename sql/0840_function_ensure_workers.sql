@@ -1,7 +1,7 @@
 -- Calls the edge function of every enabled worker function that has nobody at work: no live worker, and not called within its
 -- debounce. On somebody's own machine (`is_local`) it calls them all, there to be restarted at once. Returns those called.
--- Called by: cron (`setup_ensure_workers_cron`). Locks: the rows of what it calls, SKIP LOCKED, until commit. Failure: the caller's,
--- and nothing is called, since pg_net sends at commit.
+-- Called by: cron (`setup_ensure_workers_cron`). Locks: the rows of what it calls, SKIP LOCKED, until commit. Failure: the
+-- caller's, and nothing is called, since pg_net sends at commit.
 -- Needs Supabase: pg_net to call with, and, elsewhere than locally, the vault for where to and with which key. What is missing is
 -- told by a NOTICE, and nothing is called.
 create or replace function pgflow.ensure_workers()

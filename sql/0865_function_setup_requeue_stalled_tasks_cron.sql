@@ -1,5 +1,6 @@
 -- Has pg_cron run `requeue_stalled_tasks` at the interval given. Returns what it did.
--- Called by: the installer, where pg_cron is there; administrators. Locks: pg_cron's. Failure: the caller's, and the job is as before.
+-- Called by: the installer, where pg_cron is there; administrators. Locks: pg_cron's. Failure: the caller's, and the job is as it
+-- was.
 -- Without pg_cron nothing is scheduled, which a NOTICE tells; `flowgate serve` does it on a schedule of its own.
 create or replace function pgflow.setup_requeue_stalled_tasks_cron(cron_interval text default '15 seconds')
 returns text
@@ -9,7 +10,8 @@ set search_path = ''
 as $$
 begin
     if to_regprocedure('cron.schedule(text, text, text)') is null then
-        raise notice 'pgflow.setup_requeue_stalled_tasks_cron schedules nothing: it needs the extension pg_cron (flowgate serve does without)';
+        raise notice '% schedules nothing: it needs the extension pg_cron (flowgate serve does without)',
+            'pgflow.setup_requeue_stalled_tasks_cron';
         return 'Nothing scheduled: the extension pg_cron is not installed';
     end if;
 

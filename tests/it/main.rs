@@ -6,6 +6,7 @@
 )]
 
 mod auth;
+mod core14;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
