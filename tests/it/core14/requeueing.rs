@@ -159,4 +159,46 @@ async fn a_task_started_without_its_message_being_read_is_found_too() {
         .await;
     assert_eq!(core.show("select read_ct from pgmq.q_f").await, "0");
     assert_eq!(requeue(&core).await, "1");
+    assert_eq!(core.take("f").await, "a 0 {}");
+}
+
+#[tokio::test]
+async fn a_task_whose_message_is_lost_gets_a_new_one() {
+    let core = Core::new().await;
+    core.define("flow f\n a\n other").await;
+    core.start_flow("f", "{}", 1).await;
+    core.take("f").await;
+    // Made again, the queue counts from 1 again: what is there now belongs to somebody else.
+    core.run("select pgmq.drop_queue('f'); select pgmq.create('f')")
+        .await;
+    core.run("select pgmq.send('f', '{\"not\": \"a task\"}'); select pgmq.send('f', '{\"nor\": \"this\"}')").await;
+    age(&core, "step_slug = 'a'", 91).await;
+    assert_eq!(requeue(&core).await, "1");
+    assert_eq!(core.take("f").await, "a 0 {}");
+    assert_eq!(core.tasks(1).await, "a 0 started 2\nother 0 started 1");
+    core.complete(1, "a", 0, "1").await;
+    let left = "select string_agg(message::text, ' ' order by msg_id) from pgmq.q_f";
+    assert_eq!(
+        core.show(left).await,
+        "{\"not\": \"a task\"} {\"nor\": \"this\"}"
+    );
+}
+
+#[tokio::test]
+async fn a_message_that_somebody_is_reading_leaves_its_task_for_the_next_call() {
+    let core = Core::new().await;
+    core.define("flow f\n map m").await;
+    core.start_flow("f", "[1, 2]", 1).await;
+    core.take("f").await;
+    age(&core, "true", 91).await;
+    let reader = core.db.connect().await;
+    super::show(
+        &reader,
+        "begin; select from pgmq.q_f where msg_id = 1 for update",
+    )
+    .await;
+    assert_eq!(requeue(&core).await, "1");
+    super::show(&reader, "rollback").await;
+    assert_eq!(core.tasks(1).await, "m 0 started 1\nm 1 queued 1");
+    assert_eq!(requeue(&core).await, "1");
 }
