@@ -86,6 +86,7 @@ begin
 
     if not v_final then
         v_delay := case
+            when v_step.base_delay = 0 then 0
             when v_task.attempts_count > 31 or v_step.base_delay * 2 ^ v_task.attempts_count > 2147483647
                 then 2147483647
             else pgflow.calculate_retry_delay(v_step.base_delay, v_task.attempts_count)
