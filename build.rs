@@ -19,7 +19,7 @@ fn main() {
                 .into_string()
                 .expect("names in ASCII")
         })
-        .filter(|name| name.ends_with(".sql") && name != "uninstall.sql")
+        .filter(|name| name.ends_with(".sql") && name != "lock.sql" && name != "uninstall.sql")
         .collect();
     names.sort();
     let number = |name: &str| name.split_once('_').map(|(number, _)| number.to_owned());

@@ -1,5 +1,19 @@
 -- Sets when each of several messages becomes visible: now plus its offset in seconds. Returns the messages changed.
 -- Called by: clients. Locks: the messages, in order of their ids. Failure: the caller's; unknown ids are passed over.
+--
+-- What 0.14 has in its place returns a table, which `create or replace` can't change.
+do $$
+begin
+    if exists (
+        select from pg_catalog.pg_proc as p
+        where p.oid = to_regprocedure('pgflow.set_vt_batch(text, bigint[], integer[])')
+          and p.prorettype <> 'pgmq.message_record'::regtype
+    ) then
+        drop function pgflow.set_vt_batch(text, bigint[], integer[]);
+    end if;
+end;
+$$;
+
 create or replace function pgflow.set_vt_batch(queue_name text, msg_ids bigint[], vt_offsets integer[])
 returns setof pgmq.message_record
 language plpgsql

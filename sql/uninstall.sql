@@ -7,6 +7,18 @@ begin
     -- Nested: a condition is planned as one query, which would look for the table even where there is none.
     if to_regclass('flowgate.installed') is not null then
         if exists (select from flowgate.installed as i where i.component = 'pgflow') then
+            -- Whoever may not look into pg_cron has no job there.
+            if exists (
+                select from pg_catalog.pg_class as c
+                where c.relnamespace = (select n.oid from pg_catalog.pg_namespace as n where n.nspname = 'cron')
+                  and c.relname = 'job' and has_schema_privilege(c.relnamespace, 'usage')
+                  and has_table_privilege(c.oid, 'select')
+            ) then
+                execute
+                    'select cron.unschedule(j.jobname) from cron.job as j'
+                    ' where j.jobname in'
+                    '  (''pgflow_requeue_stalled_tasks'', ''pgflow_ensure_workers'', ''pgflow_cleanup_logs'')';
+            end if;
             drop schema if exists pgflow cascade;
         end if;
     end if;

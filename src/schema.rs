@@ -3,7 +3,8 @@
 //!
 //! One session advisory lock makes concurrent installs take turns; one transaction makes each all or nothing. What was
 //! installed stands in `flowgate.installed`, one row a component: its version (ours plus a hash of the files) and a
-//! fingerprint of every object, by which `check` sees what was changed or dropped since.
+//! fingerprint of every object, by which `check` sees what was changed or dropped since; for pgflow also its API level,
+//! which is kept unless a higher one is asked for, and never lowered.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -19,6 +20,7 @@ use crate::server::control::{self, DialError};
 
 /// Every `NNNN_*.sql` in apply order: name and text.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/sql_files.rs"));
+const LOCK: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/sql/lock.sql"));
 const UNINSTALL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/sql/uninstall.sql"));
 
 /// Any fixed number: "flowgate" in ASCII.
@@ -98,20 +100,20 @@ impl Component {
         }
     }
 
-    fn files(self) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    fn files(self, api: PgflowApi) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
         FILES.iter().filter(move |(name, _)| {
             let below_100 = *name < "0100";
             match self {
                 Self::Flowgate => below_100,
-                Self::Pgflow => !below_100,
+                Self::Pgflow => !below_100 && api.has(name),
             }
         })
     }
 
     /// Ours and a hash of the files: `0.1.0+3f2a9c1d04be`.
-    pub fn version(self) -> String {
+    pub fn version(self, api: PgflowApi) -> String {
         let mut hash = Sha256::new();
-        for (name, text) in self.files() {
+        for (name, text) in self.files(api) {
             for part in [name, text] {
                 hash.update(part.len().to_be_bytes());
                 hash.update(part);
@@ -125,16 +127,20 @@ impl Component {
     }
 
     /// Records what this transaction installed, fingerprint included. Plain SQL, as `print` shows it too.
-    fn record(self) -> String {
+    fn record(self, api: PgflowApi) -> String {
         let schemas = self.schemas().join(",");
         let objects = OBJECTS.replace("$1", &format!("'{{{schemas}}}'"));
+        let level = match self {
+            Self::Flowgate => String::new(),
+            Self::Pgflow => format!("'api', '{api}', "),
+        };
         format!(
             "insert into flowgate.installed as i (component, version, installed_at, details)\n\
-             select '{}', '{}', now(), jsonb_build_object('by', current_user, 'objects', ({objects}))\n\
+             select '{}', '{}', now(), jsonb_build_object({level}'by', current_user, 'objects', ({objects}))\n\
              on conflict (component) do update\n\
              set version = excluded.version, installed_at = excluded.installed_at, details = excluded.details",
             self.name(),
-            self.version(),
+            self.version(api),
         )
     }
 }
@@ -145,23 +151,65 @@ impl fmt::Display for Component {
     }
 }
 
-/// Whose functions pgflow's clients expect.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+/// Whose functions pgflow's clients expect, in ascending order: a higher level is installed over a lower one in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum PgflowApi {
     #[default]
     #[value(name = "0.7")]
     V0_7,
+    #[value(name = "0.14")]
+    V0_14,
+}
+
+impl PgflowApi {
+    const ALL: [Self; 2] = [Self::V0_7, Self::V0_14];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V0_7 => "0.7",
+            Self::V0_14 => "0.14",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|api| api.name() == name)
+    }
+
+    /// Files 0600 to 0899 are what 0.14 changes.
+    fn has(self, file: &str) -> bool {
+        match self {
+            Self::V0_7 => !("0600".."0900").contains(&file),
+            Self::V0_14 => true,
+        }
+    }
+
+    /// What of pgmq it needs beyond `PGMQ_FUNCTIONS`.
+    fn needs_headers(self) -> bool {
+        match self {
+            Self::V0_7 => false,
+            Self::V0_14 => true,
+        }
+    }
+}
+
+impl fmt::Display for PgflowApi {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct InstallOptions {
-    pub pgflow: PgflowApi,
+    /// `None`: the level that is installed, or 0.7 where there is none.
+    pub pgflow: Option<PgflowApi>,
 }
 
 /// What an install found and did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     pub pgmq: PgmqOutcome,
+    /// Of our own pgflow; beside somebody else's it means nothing.
+    pub api: PgflowApi,
     pub components: Vec<(Component, Outcome)>,
 }
 
@@ -198,6 +246,8 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
     pub pgmq_missing: Vec<String>,
+    /// The level compared with: that asked for, else that installed, else the default.
+    pub api: PgflowApi,
     pub components: Vec<(Component, State)>,
 }
 
@@ -253,6 +303,19 @@ pub enum SchemaError {
         ours: String,
     },
     #[error(
+        "this database has pgflow {installed}, and {asked} is lower: leave --pgflow out to keep {installed}; \
+         to go back, uninstall first, which drops all runs"
+    )]
+    Downgrade {
+        installed: PgflowApi,
+        asked: PgflowApi,
+    },
+    #[error(
+        "pgflow {api} needs pgmq 1.5.0 or later (the type pgmq.message_record here has no headers): \
+         upgrade the extension pgmq, or install pgflow 0.7"
+    )]
+    PgmqTooOld { api: PgflowApi },
+    #[error(
         "this server does not offer the extension pgmq, and this build of flowgate lacks its SQL (feature `pgmq-sql`); \
          install the package of pgmq on the server"
     )]
@@ -277,10 +340,6 @@ pub enum SchemaError {
 
 /// Brings pgmq, the outbox and pgflow's core to our version. Waits for an install in progress (at most a minute).
 pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report, SchemaError> {
-    match options.pgflow {
-        // The one we have; the next brings its own files.
-        PgflowApi::V0_7 => {}
-    }
     let mut client = open(url).await?;
     let doing = |doing| move |source| SchemaError::Sql { doing, source };
     if client
@@ -294,10 +353,19 @@ pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report
         });
     }
     lock(&client).await?;
+    let before = look(&client, options).await?;
+    let ours = |(component, state): &(Component, State)| {
+        *component == Component::Pgflow && !matches!(state, State::Foreign)
+    };
+    let api = before.api;
     let pgmq = install_pgmq(&client, url).await?;
-    let before = look(&client).await?;
+    if before.components.iter().any(ours)
+        && api.needs_headers()
+        && !pgmq_has_headers(&client).await?
+    {
+        return Err(SchemaError::PgmqTooOld { api });
+    }
     let mut components = Vec::new();
-    let transaction = client.transaction().await.map_err(doing("beginning"))?;
     for (component, state) in before.components {
         let outcome = match state {
             State::Foreign => Outcome::LeftAlone,
@@ -326,44 +394,65 @@ pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report
                 }
             }
         };
-        if !matches!(outcome, Outcome::LeftAlone | Outcome::UpToDate { .. }) {
-            for (name, text) in component.files() {
-                transaction
-                    .batch_execute(text)
-                    .await
-                    .map_err(|error| in_file(name, text, &error))?;
-            }
-            // A file may have set something for itself.
-            transaction
-                .batch_execute("set local search_path = ''")
-                .await
-                .map_err(doing("recording"))?;
-            transaction
-                .batch_execute(&component.record())
-                .await
-                .map_err(doing("recording"))?;
-        }
         components.push((component, outcome));
     }
-    transaction.commit().await.map_err(doing("committing"))?;
-    Ok(Report { pgmq, components })
+    let due = |outcome: &Outcome| match outcome {
+        Outcome::Installed { .. } | Outcome::Upgraded { .. } | Outcome::Repaired { .. } => true,
+        Outcome::UpToDate { .. } | Outcome::LeftAlone => false,
+    };
+    if components.iter().any(|(_, outcome)| due(outcome)) {
+        let transaction = client.transaction().await.map_err(doing("beginning"))?;
+        let locked = transaction.batch_execute(LOCK).await;
+        locked.map_err(|error| in_file("lock.sql", LOCK, &error))?;
+        for (component, _) in components.iter().filter(|(_, outcome)| due(outcome)) {
+            for (name, text) in component.files(api) {
+                let applied = transaction.batch_execute(text).await;
+                applied.map_err(|error| in_file(name, text, &error))?;
+            }
+        }
+        // A file may have set something for itself.
+        let empty_path = transaction
+            .batch_execute("set local search_path = ''")
+            .await;
+        empty_path.map_err(doing("recording"))?;
+        // Only now, and of both: pgflow's files have objects in schema flowgate too.
+        for (component, outcome) in &components {
+            if *outcome != Outcome::LeftAlone {
+                let recorded = transaction.batch_execute(&component.record(api)).await;
+                recorded.map_err(doing("recording"))?;
+            }
+        }
+        transaction.commit().await.map_err(doing("committing"))?;
+    }
+    Ok(Report {
+        pgmq,
+        api,
+        components,
+    })
 }
 
-/// Changes nothing, takes no lock.
+/// Whether the level that is installed is as it should be. Changes nothing, takes no lock.
 pub async fn check(url: &ConnectUrl) -> Result<Check, SchemaError> {
-    look(&open(url).await?).await
+    check_for(url, InstallOptions::default()).await
+}
+
+/// Whether `install` with these options would find nothing to do. Changes nothing, takes no lock.
+pub async fn check_for(url: &ConnectUrl, options: InstallOptions) -> Result<Check, SchemaError> {
+    look(&open(url).await?, options).await
 }
 
 /// Drops what `install` made, data included. pgmq stays, and so does a pgflow that is not ours.
 pub async fn uninstall(url: &ConnectUrl) -> Result<Removal, SchemaError> {
     let mut client = open(url).await?;
     lock(&client).await?;
-    let found = look(&client).await?;
+    let found = look(&client, InstallOptions::default()).await?;
     let doing = |source| SchemaError::Sql {
         doing: "uninstalling",
         source,
     };
     let transaction = client.transaction().await.map_err(doing)?;
+    let locked = transaction.batch_execute(LOCK).await;
+    locked.map_err(|error| in_file("lock.sql", LOCK, &error))?;
     let dropped = transaction.batch_execute(UNINSTALL).await;
     dropped.map_err(|error| in_file("uninstall.sql", UNINSTALL, &error))?;
     transaction.commit().await.map_err(doing)?;
@@ -375,23 +464,50 @@ pub async fn uninstall(url: &ConnectUrl) -> Result<Removal, SchemaError> {
 }
 
 /// The whole SQL, as `psql` takes it. pgmq must be there first, and no pgflow of somebody else's.
-pub fn print(out: &mut impl io::Write) -> io::Result<()> {
+pub fn print(out: &mut impl io::Write, options: InstallOptions) -> io::Result<()> {
+    let api = options.pgflow.unwrap_or_default();
     writeln!(
         out,
-        "-- flowgate {}. First: create extension pgmq;",
+        "-- flowgate {}, pgflow {api}. First: create extension pgmq;",
         env!("CARGO_PKG_VERSION")
     )?;
     writeln!(
         out,
         "begin;\nselect pg_advisory_xact_lock({INSTALL_LOCK});\nset local search_path = '';"
     )?;
+    writeln!(out, "\n{}", no_downgrade(api))?;
+    writeln!(out, "\n-- sql/lock.sql\n{}", LOCK.trim_end())?;
     for component in Component::ALL {
-        for (name, text) in component.files() {
+        for (name, text) in component.files(api) {
             writeln!(out, "\n-- sql/{name}\n{}", text.trim_end())?;
         }
-        writeln!(out, "\n{};", component.record())?;
+    }
+    for component in Component::ALL {
+        writeln!(out, "\n{};", component.record(api))?;
     }
     writeln!(out, "commit;")
+}
+
+/// What `install` itself asks before it begins.
+fn no_downgrade(api: PgflowApi) -> String {
+    let known = PgflowApi::ALL.into_iter().filter(|known| *known <= api);
+    let known: Vec<_> = known.map(|known| format!("'{known}'")).collect();
+    format!(
+        "-- A higher level is never replaced by a lower one.\n\
+         do $$\n\
+         begin\n    \
+             if to_regclass('flowgate.installed') is not null then\n        \
+                 if exists (\n            \
+                     select from flowgate.installed as i\n            \
+                     where i.component = 'pgflow' and i.details ->> 'api' not in ({})\n        \
+                 ) then\n            \
+                     raise exception 'this database has a pgflow later than {api}';\n        \
+                 end if;\n    \
+             end if;\n\
+         end;\n\
+         $$;",
+        known.join(", ")
+    )
 }
 
 async fn open(url: &ConnectUrl) -> Result<Client, SchemaError> {
@@ -445,7 +561,7 @@ async fn lock(client: &Client) -> Result<(), SchemaError> {
     client.batch_execute(&lock).await.map_err(doing)
 }
 
-async fn look(client: &Client) -> Result<Check, SchemaError> {
+async fn look(client: &Client, options: InstallOptions) -> Result<Check, SchemaError> {
     let doing = |source| SchemaError::Sql {
         doing: "looking at what is installed",
         source,
@@ -453,41 +569,78 @@ async fn look(client: &Client) -> Result<Check, SchemaError> {
     let exists = "select to_regclass('flowgate.installed') is not null, to_regnamespace('pgflow') is not null";
     let row = client.query_one(exists, &[]).await.map_err(doing)?;
     let (has_record, has_pgflow): (bool, bool) = (row.get(0), row.get(1));
+    let mut recorded: Vec<Recorded> = Vec::new();
+    if has_record {
+        let all = "select component, version, details -> 'objects', details ->> 'api' from flowgate.installed";
+        let rows = client.query(all, &[]).await.map_err(doing)?;
+        recorded.extend(rows.iter().map(|row| Recorded {
+            component: row.get(0),
+            version: row.get(1),
+            objects: row.get(2),
+            api: row.get(3),
+        }));
+    }
+    let of = |component: Component| recorded.iter().find(|it| it.component == component.name());
+    let api = level(of(Component::Pgflow), options)?;
     let mut components = Vec::new();
     for component in Component::ALL {
-        let recorded = if has_record {
-            let recorded =
-                "select version, details -> 'objects' from flowgate.installed where component = $1";
-            client
-                .query_opt(recorded, &[&component.name()])
-                .await
-                .map_err(doing)?
-        } else {
-            None
-        };
-        let wanted = component.version();
-        let state = match recorded {
+        let wanted = component.version(api);
+        let state = match of(component) {
             None if component == Component::Pgflow && has_pgflow => State::Foreign,
             None => State::Absent { wanted },
-            Some(row) if row.get::<_, String>(0) != wanted => State::Other {
-                installed: row.get(0),
+            Some(recorded) if recorded.version != wanted => State::Other {
+                installed: recorded.version.clone(),
                 wanted,
             },
-            Some(row) => {
+            Some(recorded) => {
                 let now = client
                     .query_one(OBJECTS, &[&component.schemas()])
                     .await
                     .map_err(doing)?
                     .get(0);
-                compare(wanted, row.get(1), now)
+                compare(wanted, recorded.objects.clone(), now)
             }
         };
         components.push((component, state));
     }
+    let mut pgmq_missing = missing_pgmq(client).await?;
+    if pgmq_missing.is_empty() && api.needs_headers() && !pgmq_has_headers(client).await? {
+        pgmq_missing.push("headers in message_record (1.5.0)".to_owned());
+    }
     Ok(Check {
-        pgmq_missing: missing_pgmq(client).await?,
+        pgmq_missing,
+        api,
         components,
     })
+}
+
+/// A row of `flowgate.installed`.
+struct Recorded {
+    component: String,
+    version: String,
+    objects: Option<serde_json::Value>,
+    /// Not there in what was installed before there was more than one.
+    api: Option<String>,
+}
+
+/// The level that counts, where `recorded` is what is installed.
+fn level(recorded: Option<&Recorded>, options: InstallOptions) -> Result<PgflowApi, SchemaError> {
+    let Some(recorded) = recorded else {
+        return Ok(options.pgflow.unwrap_or_default());
+    };
+    let installed = match recorded.api.as_deref() {
+        None => PgflowApi::V0_7,
+        Some(name) => PgflowApi::from_name(name).ok_or_else(|| SchemaError::Newer {
+            component: Component::Pgflow,
+            installed: format!("{}, pgflow {name}", recorded.version),
+            ours: Component::Pgflow.version(PgflowApi::V0_14),
+        })?,
+    };
+    match options.pgflow {
+        Some(asked) if asked < installed => Err(SchemaError::Downgrade { installed, asked }),
+        Some(asked) => Ok(asked),
+        None => Ok(installed),
+    }
 }
 
 fn compare(version: String, recorded: Option<serde_json::Value>, now: serde_json::Value) -> State {
@@ -523,6 +676,17 @@ async fn missing_pgmq(client: &Client) -> Result<Vec<String>, SchemaError> {
         source,
     })?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+async fn pgmq_has_headers(client: &Client) -> Result<bool, SchemaError> {
+    let has = "select exists (select from pg_attribute where attrelid = to_regclass('pgmq.message_record') \
+        and attname = 'headers' and not attisdropped)";
+    let row = client.query_one(has, &[]).await;
+    let row = row.map_err(|source| SchemaError::Sql {
+        doing: "looking at pgmq",
+        source,
+    })?;
+    Ok(row.get(0))
 }
 
 async fn install_pgmq(client: &Client, url: &ConnectUrl) -> Result<PgmqOutcome, SchemaError> {
@@ -655,17 +819,54 @@ mod tests {
     #[test]
     fn the_files_are_in_order_and_each_component_has_some() {
         assert!(FILES.is_sorted_by_key(|(name, _)| *name));
-        let [flowgate, pgflow] = Component::ALL.map(|component| component.files().count());
-        assert!(flowgate > 0 && pgflow > 0);
-        assert_eq!(flowgate + pgflow, FILES.len());
+        let [low, high] =
+            PgflowApi::ALL.map(|api| Component::ALL.map(|component| component.files(api).count()));
+        assert!(low[0] > 0 && low[0] == high[0]);
+        assert!(low[1] > 0 && low[1] < high[1]);
+        assert_eq!(high[0] + high[1], FILES.len());
     }
 
     #[test]
     fn a_version_is_ours_and_a_hash_of_the_files() {
-        let [flowgate, pgflow] = Component::ALL.map(Component::version);
+        let [flowgate, pgflow] = Component::ALL.map(|component| component.version(PgflowApi::V0_7));
         assert_ne!(flowgate, pgflow);
+        assert_ne!(pgflow, Component::Pgflow.version(PgflowApi::V0_14));
+        assert_eq!(flowgate, Component::Flowgate.version(PgflowApi::V0_14));
         let (ours, hash) = pgflow.split_once('+').unwrap();
         assert_eq!((ours, hash.len()), (env!("CARGO_PKG_VERSION"), 12));
+    }
+
+    #[test]
+    fn the_installed_level_is_kept_raised_when_asked_and_never_lowered() {
+        let settled = |installed: Option<&str>, asked: Option<PgflowApi>| {
+            let recorded = installed.map(|api| Recorded {
+                component: "pgflow".into(),
+                version: "0.1.0+aa".into(),
+                objects: None,
+                api: (!api.is_empty()).then(|| api.to_owned()),
+            });
+            level(recorded.as_ref(), InstallOptions { pgflow: asked })
+        };
+        let [low, high] = PgflowApi::ALL;
+        assert_eq!(settled(None, None).unwrap(), low);
+        assert_eq!(settled(None, Some(high)).unwrap(), high);
+        assert_eq!(
+            settled(Some(""), None).unwrap(),
+            low,
+            "installed before there was a choice"
+        );
+        assert_eq!(settled(Some("0.7"), Some(high)).unwrap(), high);
+        assert_eq!(settled(Some("0.14"), None).unwrap(), high);
+        let lower = settled(Some("0.14"), Some(low)).unwrap_err().to_string();
+        assert!(
+            lower.contains("has pgflow 0.14, and 0.7 is lower"),
+            "{lower}"
+        );
+        let unknown = settled(Some("0.99"), None).unwrap_err().to_string();
+        assert!(
+            unknown.contains("newer flowgate (0.1.0+aa, pgflow 0.99;"),
+            "{unknown}"
+        );
     }
 
     #[test]

@@ -4,7 +4,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use crate::config::ConnectUrl;
-use crate::schema::{self, Check, InstallOptions, Outcome, PgflowApi, PgmqOutcome, Report, State};
+use crate::schema::{
+    self, Check, Component, InstallOptions, Outcome, PgflowApi, PgmqOutcome, Report, State,
+};
 
 /// Install or upgrade pgmq, pgflow's core and flowgate's outbox in a database
 #[derive(Debug, clap::Args)]
@@ -28,9 +30,9 @@ pub struct Args {
     /// Drop it all, runs and events included (pgmq and a pgflow of somebody else's stay)
     #[arg(long, group = "instead")]
     uninstall: bool,
-    /// Whose functions clients expect
-    #[arg(long, value_name = "VERSION", value_enum, default_value = "0.7")]
-    pgflow: PgflowApi,
+    /// Whose functions clients expect; left out: those installed, or 0.7
+    #[arg(long, value_name = "VERSION", value_enum)]
+    pgflow: Option<PgflowApi>,
 }
 
 /// 0, or 1 with the reason on standard error (or, for `--check`, what is not up to date on standard output).
@@ -59,12 +61,15 @@ enum InstallError {
 }
 
 async fn act(args: Args, out: &mut impl Write) -> Result<Verdict, InstallError> {
+    let options = InstallOptions {
+        pgflow: args.pgflow,
+    };
     let Some(primary) = args.primary.filter(|_| !args.print) else {
-        schema::print(out)?;
+        schema::print(out, options)?;
         return Ok(Verdict::Good);
     };
     if args.check {
-        let check = schema::check(&primary).await?;
+        let check = schema::check_for(&primary, options).await?;
         tell_check(&check, out)?;
         return Ok(if check.is_up_to_date() {
             Verdict::Good
@@ -83,13 +88,7 @@ async fn act(args: Args, out: &mut impl Write) -> Result<Verdict, InstallError> 
         }
         return Ok(Verdict::Good);
     }
-    let report = schema::install(
-        &primary,
-        InstallOptions {
-            pgflow: args.pgflow,
-        },
-    )
-    .await?;
+    let report = schema::install(&primary, options).await?;
     tell_report(&report, out)?;
     Ok(Verdict::Good)
 }
@@ -115,7 +114,8 @@ fn tell_report(report: &Report, out: &mut impl Write) -> io::Result<()> {
                 "not installed by flowgate; left alone and used as it is".to_owned()
             }
         };
-        writeln!(out, "{component:<9} {told}")?;
+        let level = level(*component, report.api, *outcome != Outcome::LeftAlone);
+        writeln!(out, "{component:<9} {told}{level}")?;
     }
     Ok(())
 }
@@ -147,7 +147,16 @@ fn tell_check(check: &Check, out: &mut impl Write) -> io::Result<()> {
                 told
             }
         };
-        writeln!(out, "{component:<9} {told}")?;
+        let level = level(*component, check.api, *state != State::Foreign);
+        writeln!(out, "{component:<9} {told}{level}")?;
     }
     Ok(())
+}
+
+/// Only our own pgflow has a level we know.
+fn level(component: Component, api: PgflowApi, ours: bool) -> String {
+    match component {
+        Component::Pgflow if ours => format!(" (API {api})"),
+        Component::Pgflow | Component::Flowgate => String::new(),
+    }
 }

@@ -170,6 +170,11 @@ pub const FUNCTIONS: &[Function] = &[
         &["cron_interval"],
     ),
     flow("setup_ensure_workers_cron", Define, &["cron_interval"]),
+    flow(
+        "_schedule_cron_job",
+        Define,
+        &["p_name", "p_schedule", "p_command"],
+    ),
     flow("cleanup_ensure_workers_logs", Define, &["retention_hours"]),
     flow("ensure_workers", Define, &[]),
     // Other writes. The inner ones are public by name, and tests call them.

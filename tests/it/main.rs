@@ -7,6 +7,7 @@
 
 mod auth;
 mod core;
+mod core14;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;

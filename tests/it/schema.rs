@@ -1,20 +1,18 @@
 //! Installing the SQL: once, twice, ten at a time, over damage, beside a pgflow of somebody else's, and taking it out.
 
 use flowgate::schema::{
-    self, Check, Component, InstallOptions, Outcome, PgmqOutcome, Removal, SchemaError, State,
-    check, install, uninstall,
+    self, Check, Component, InstallOptions, Outcome, PgflowApi, PgmqOutcome, Removal, SchemaError,
+    State, check, install, uninstall,
 };
 
 use crate::support::pg::{TestDb, empty_database, fresh_database, replica_catches_up};
 
-const DEFAULT: InstallOptions = InstallOptions {
-    pgflow: schema::PgflowApi::V0_7,
-};
+const DEFAULT: InstallOptions = InstallOptions { pgflow: None };
 
 #[tokio::test]
 async fn the_first_install_brings_everything_and_the_second_does_nothing() {
     let db = empty_database().await;
-    let version = |component: Component| component.version();
+    let version = |component: Component| component.version(PgflowApi::V0_7);
     let [flowgate, pgflow] = [Component::Flowgate, Component::Pgflow].map(version);
 
     let before = check(&db.url()).await.unwrap();
@@ -67,7 +65,7 @@ async fn every_file_can_be_applied_again() {
         .await
         .unwrap();
     let found = check(&db.url()).await.unwrap();
-    let wanted = Component::Pgflow.version();
+    let wanted = Component::Pgflow.version(PgflowApi::V0_7);
     assert_eq!(
         state(&found, Component::Pgflow),
         &State::Other {
@@ -78,7 +76,7 @@ async fn every_file_can_be_applied_again() {
 
     let report = install(&db.url(), DEFAULT).await.unwrap();
     for (component, outcome) in report.components {
-        let version = component.version();
+        let version = component.version(PgflowApi::V0_7);
         assert_eq!(
             outcome,
             Outcome::Upgraded {
@@ -213,7 +211,7 @@ async fn the_printed_sql_installs_the_same() {
     let db = fresh_database().await;
     uninstall(&db.url()).await.unwrap();
     let mut printed = Vec::new();
-    schema::print(&mut printed).unwrap();
+    schema::print(&mut printed, DEFAULT).unwrap();
     db.connect()
         .await
         .batch_execute(std::str::from_utf8(&printed).unwrap())

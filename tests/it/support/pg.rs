@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use flowgate::config::ConnectUrl;
 use flowgate::embedded::{Cluster, ClusterOptions, connect};
-use flowgate::schema::{self, InstallOptions};
+use flowgate::schema::{self, InstallOptions, PgflowApi};
 use tokio::sync::OnceCell;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -14,7 +14,6 @@ use tokio_postgres::error::SqlState;
 use super::wait::wait_until;
 
 const PATIENCE: Duration = Duration::from_secs(30);
-const TEMPLATE: &str = "flowgate_template";
 
 /// A database on the shared cluster; it lives as long as that does.
 pub(crate) struct TestDb {
@@ -57,16 +56,24 @@ pub(crate) async fn shared() -> &'static Cluster {
 
 /// pgmq, pgflow and flowgate are installed, no flow is defined; the replica has it too.
 pub(crate) async fn fresh_database() -> TestDb {
-    static TEMPLATE_MADE: OnceCell<()> = OnceCell::const_new();
-    TEMPLATE_MADE
-        .get_or_init(async || {
-            let template = make_database(TEMPLATE, "template1").await;
-            schema::install(&template.url(), InstallOptions::default())
-                .await
-                .unwrap();
-        })
-        .await;
-    make_database(&next_name(), TEMPLATE).await
+    fresh_database_at(PgflowApi::default()).await
+}
+
+/// The same, with the pgflow of that level.
+pub(crate) async fn fresh_database_at(api: PgflowApi) -> TestDb {
+    static MADE_0_7: OnceCell<()> = OnceCell::const_new();
+    static MADE_0_14: OnceCell<()> = OnceCell::const_new();
+    let (made, name) = match api {
+        PgflowApi::V0_7 => (&MADE_0_7, "flowgate_template"),
+        PgflowApi::V0_14 => (&MADE_0_14, "flowgate_template_0_14"),
+    };
+    made.get_or_init(async || {
+        let template = make_database(name, "template1").await;
+        let options = InstallOptions { pgflow: Some(api) };
+        schema::install(&template.url(), options).await.unwrap();
+    })
+    .await;
+    make_database(&next_name(), name).await
 }
 
 /// Nothing is installed.

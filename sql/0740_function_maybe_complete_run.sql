@@ -1,0 +1,37 @@
+-- Completes the run if no step remains. Its output is {step: output} over the completed steps that nothing depends on.
+-- Skipped steps are left out; where nothing else is left, the output is null.
+-- Called by: `start_flow`, `complete_task` and `fail_task`, when the last step may have ended. Locks: the run. Failure: the
+-- caller's.
+create or replace function pgflow.maybe_complete_run(run_id uuid)
+returns void
+language plpgsql
+volatile
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+    v_run pgflow.runs;
+begin
+    update pgflow.runs as r
+    set status = 'completed',
+        completed_at = greatest(now(), r.started_at),
+        output = (
+            select jsonb_object_agg(s.step_slug, s.output)
+            from pgflow.step_states as s
+            where s.run_id = maybe_complete_run.run_id
+              and s.status = 'completed'
+              and not exists (
+                  select from pgflow.deps as e where e.flow_slug = s.flow_slug and e.dep_slug = s.step_slug)
+        )
+    where r.run_id = maybe_complete_run.run_id and r.remaining_steps = 0 and r.status = 'started'
+    returning r.* into v_run;
+
+    if found then
+        perform realtime.send(
+            jsonb_build_object(
+                'event_type', 'run:completed', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
+                'status', v_run.status, 'output', v_run.output, 'completed_at', v_run.completed_at),
+            'run:completed', 'pgflow:run:' || v_run.run_id, false);
+    end if;
+end;
+$$;

@@ -1,0 +1,34 @@
+-- Sets when each of several messages becomes visible: now plus its offset in seconds. Returns the messages changed.
+-- Called by: clients. Locks: the messages, in order of their ids. Failure: the caller's; unknown ids are passed over.
+-- A table and not pgmq.message_record, whose columns depend on pgmq's version; hence the drop.
+drop function if exists pgflow.set_vt_batch(text, bigint[], integer[]);
+
+create or replace function pgflow.set_vt_batch(queue_name text, msg_ids bigint[], vt_offsets integer[])
+returns table (
+    msg_id bigint, read_ct integer, enqueued_at timestamptz, vt timestamptz, message jsonb, headers jsonb
+)
+language plpgsql
+volatile
+set search_path = ''
+as $$
+#variable_conflict use_column
+begin
+    if coalesce(cardinality(set_vt_batch.msg_ids), 0) = 0 or coalesce(cardinality(set_vt_batch.vt_offsets), 0) = 0 then
+        return;
+    end if;
+    if cardinality(set_vt_batch.msg_ids) <> cardinality(set_vt_batch.vt_offsets) then
+        raise exception 'msg_ids length (%) must equal vt_offsets length (%)',
+            cardinality(set_vt_batch.msg_ids), cardinality(set_vt_batch.vt_offsets);
+    end if;
+
+    return query execute format(
+        'with held as materialized ('
+        '  select m.msg_id from pgmq.%1$I as m where m.msg_id = any ($1) order by m.msg_id for no key update)'
+        ' update pgmq.%1$I as m set vt = clock_timestamp() + make_interval(secs => wanted.seconds)'
+        ' from held join unnest($1, $2) as wanted(msg_id, seconds) on wanted.msg_id = held.msg_id'
+        ' where m.msg_id = held.msg_id'
+        ' returning m.msg_id, m.read_ct, m.enqueued_at, m.vt, m.message, m.headers',
+        pgmq.format_table_name(set_vt_batch.queue_name::text, 'q'::text))
+    using set_vt_batch.msg_ids, set_vt_batch.vt_offsets;
+end;
+$$;
