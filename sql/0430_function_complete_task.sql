@@ -56,9 +56,8 @@ begin
 
     update pgflow.step_tasks as t
     set status = case when v_map is null then 'completed' else 'failed' end,
-        -- A caller whose transaction is older than the task's last start (it had been put back meanwhile) is not refused.
-        completed_at = case when v_map is null then greatest(now(), t.started_at) end,
-        failed_at = case when v_map is null then null else greatest(now(), t.started_at) end,
+        completed_at = case when v_map is null then now() end,
+        failed_at = case when v_map is null then null else now() end,
         error_message = case
             when v_map is null then t.error_message
             else '[TYPE_VIOLATION] Produced ' || coalesce(jsonb_typeof(v_output), 'null') || ' instead of array'
@@ -171,7 +170,7 @@ begin
                 when not tell.own and s.remaining_deps = 1 and v_size is distinct from 0 then now()
                 else s.started_at
             end,
-            completed_at = case when tell.own then greatest(now(), s.started_at) end
+            completed_at = case when tell.own then now() end
         from (
             select v_task.step_slug as step_slug, true as own, 0 as start_delay
             union all

@@ -43,7 +43,7 @@ begin
 
     update pgflow.step_tasks as t
     set status = case when v_run_failed or t.attempts_count >= v_max_attempts then 'failed' else 'queued' end,
-        failed_at = case when v_run_failed or t.attempts_count >= v_max_attempts then greatest(now(), t.started_at) end,
+        failed_at = case when v_run_failed or t.attempts_count >= v_max_attempts then now() end,
         started_at = case when v_run_failed or t.attempts_count >= v_max_attempts then t.started_at end,
         error_message = fail_task.error_message
     where t.run_id = fail_task.run_id and t.step_slug = fail_task.step_slug and t.task_index = fail_task.task_index

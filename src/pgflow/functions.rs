@@ -197,6 +197,25 @@ pub const FUNCTIONS: &[Function] = &[
         Write,
         &["p_run_id", "p_step_slug", "p_task_index"],
     ),
+    flow("_archive_message", Write, &["flow_slug", "message_id"]),
+    flow(
+        "_archive_run_messages",
+        Write,
+        &["flow_slug", "run_id", "message_id"],
+    ),
+    flow(
+        "_spawn_tasks",
+        Write,
+        &[
+            "flow_slug",
+            "run_id",
+            "step_slugs",
+            "sizes",
+            "delays",
+            "events",
+            "payloads",
+        ],
+    ),
     flow("start_ready_steps", Write, &["run_id"]),
     flow("maybe_complete_run", Write, &["run_id"]),
     // pgmq.

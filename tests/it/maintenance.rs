@@ -385,7 +385,16 @@ async fn nothing_is_lost_or_done_twice_while_tasks_are_requeued_under_their_work
                         "select pgflow.complete_task('{run}', '{step}', {index}, '{index}')"
                     ),
                 };
-                client.batch_execute(&end).await.unwrap();
+                let Err(error) = client.batch_execute(&end).await else {
+                    continue;
+                };
+                // A late callback whose transaction began before its task was put back and started again: pgflow's own check
+                // refuses it, whole.
+                let constraint = error.as_db_error().and_then(|error| error.constraint());
+                assert!(
+                    constraint.is_some_and(|name| name.ends_with("_at_is_after_started_at")),
+                    "{error:?}"
+                );
             }
         }
     });
@@ -536,7 +545,7 @@ async fn archived_messages_and_silent_workers_are_pruned_by_their_own_age() {
 }
 
 #[tokio::test]
-async fn pruning_waits_for_no_late_callback() {
+async fn pruning_waits_for_nobody() {
     let (db, client) = with_flow("select pgflow.add_step('f', 's', max_attempts => 1)").await;
     let mut runs = Vec::new();
     for _ in 0..3 {
@@ -556,9 +565,10 @@ async fn pruning_waits_for_no_late_callback() {
         .batch_execute("set lock_timeout = '100ms'")
         .await
         .unwrap();
-    assert_eq!(pruned(&client, "'7 days'").await, "1 0 0");
-    other.batch_execute("commit").await.unwrap();
+    // A late callback holds nothing.
     assert_eq!(pruned(&client, "'7 days'").await, "2 0 0");
+    other.batch_execute("commit").await.unwrap();
+    assert_eq!(pruned(&client, "'7 days'").await, "1 0 0");
     // And later still: there is nothing to complete.
     let gone = format!(
         "select count(*) from pgflow.complete_task('{}', 's', 0, '2')",

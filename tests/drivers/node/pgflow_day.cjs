@@ -18,14 +18,17 @@ async function define(sql, flow) {
   await sql`select pgflow.add_step(${flow}, 'report', array['sum', 'shout'])`
 }
 
-let failures = 0
+const tried = new Set()
 const handlers = {
   list: (input) => numbers(input.run.count),
   double: (element) => element * 2 + 1,
   sum: (input) => ({ total: input.double.reduce((sum, n) => sum + n, 0) }),
-  shout: (input) => {
+  shout: (input, run) => {
     if (input.run.fail) throw new Error('never')
-    if (failures++ % 2 === 0) throw new Error('once more')
+    if (!tried.has(run)) {
+      tried.add(run)
+      throw new Error('once more')
+    }
     return { said: input.run.word.toUpperCase() }
   },
   report: (input) => ({ ...input.sum, ...input.shout }),
@@ -39,7 +42,7 @@ async function work(client, flow, worker, until) {
     const tasks = await client.startTasks(flow, messages.map((message) => message.msg_id), worker)
     await Promise.all(tasks.map(async (task) => {
       try {
-        await client.completeTask(task, handlers[task.step_slug](task.input))
+        await client.completeTask(task, handlers[task.step_slug](task.input, task.run_id))
       } catch (error) {
         await client.failTask(task, error)
       }
@@ -83,7 +86,6 @@ async function main() {
   const core = pathToFileURL(join(process.env.NODE_PATH, '@pgflow/core/dist/index.js'))
   const { PgflowSqlClient } = await import(core)
   for (const [n, url] of process.env.FLOWGATE_URLS.split(' ').entries()) {
-    failures = 0
     await day(PgflowSqlClient, url, `day_${n}`)
   }
   console.log('the day is done')

@@ -1,6 +1,6 @@
 //! What is said on a run's topic: payloads to the key, in the order of the contract, once, and never of what was undone.
 
-use super::{Core, WORKER, lines, run};
+use super::{Core, WORKER, lines, refused, run};
 
 /// Each event's payload must be what the rows say: built here, in SQL, from them.
 async fn payloads_are(core: &Core, n: u32, expected: &[(&str, &str)]) {
@@ -307,23 +307,39 @@ async fn an_event_is_a_message_of_supabases_table_too() {
 }
 
 #[tokio::test]
-async fn an_event_that_cannot_be_sent_does_not_fail_the_work() {
+async fn what_is_done_and_what_is_told_go_together_or_not_at_all() {
     let core = Core::new().await;
     core.define("flow f\n a").await;
-    core.run("alter table flowgate.event add constraint none check (event <> 'step:a:completed') not valid")
+    core.run("alter table flowgate.event add constraint none check (event not in ('step:a:completed', 'forbidden')) not valid")
         .await;
     core.start_flow("f", "{}", 1).await;
     core.run(&format!(
         "select pgflow.start_tasks('f', '{{1}}', '{WORKER}')"
     ))
     .await;
+    let complete = format!("select pgflow.complete_task('{}', 'a', 0, '1')", run(1));
+    let said = refused(&core.client, &complete).await;
+    assert!(said.starts_with("23514 "), "{said}");
+    assert_eq!(core.queue("f").await.lines().count(), 1);
+    core.run("alter table flowgate.event drop constraint none")
+        .await;
     assert_eq!(core.complete(1, "a", 0, "1").await, "completed");
     assert!(core.states(1).await.starts_with("completed 0"));
-    let said = "select seq, event from flowgate.event order by id";
+    let told = "select seq, event from flowgate.event order by id";
     assert_eq!(
-        core.show(said).await,
-        "1 run:started\n2 step:a:started\n3 run:completed"
+        core.show(told).await,
+        "1 run:started\n2 step:a:started\n3 step:a:completed\n4 run:completed"
     );
+
+    // What others send must not fail them: a warning, and no gap.
+    core.run(
+        "alter table flowgate.event add constraint none check (event <> 'forbidden') not valid",
+    )
+    .await;
+    core.run("select realtime.send('{}'::jsonb, event, 'room') from unnest(array['x', 'forbidden', 'y']) as event")
+        .await;
+    let told = "select seq, event from flowgate.event where topic = 'room' order by id";
+    assert_eq!(core.show(told).await, "1 x\n2 y");
 }
 
 #[tokio::test]

@@ -209,7 +209,7 @@ async fn a_granted_worker_works_flows_of_before_and_after() {
     );
     assert_eq!(
         refused(&worker, "select * from flowgate.event").await,
-        "42501 permission denied for schema flowgate"
+        "42501 permission denied for table event"
     );
 }
 
@@ -223,7 +223,14 @@ async fn no_function_looks_up_a_name_on_its_callers_search_path() {
     let definers = "select p.oid::regprocedure::text from pg_proc as p where p.prosecdef and
                     p.pronamespace in ('pgflow'::regnamespace, 'flowgate'::regnamespace, 'realtime'::regnamespace) order by 1";
     let expected = lines(
-        "flowgate.publish_task_events()
+        "flowgate.drop_partitions(interval)
+         flowgate.ensure_partitions(integer)
+         flowgate.forget_topics(interval,integer)
+         flowgate.prune(interval,integer)
+         flowgate.publish(text,text[],jsonb[])
+         flowgate.publish_task_events()
+         flowgate.requeue_stalled_tasks(integer)
+         flowgate.stalled_tasks()
          pgflow.get_run_with_states(uuid)
          pgflow.start_flow_with_states(text,jsonb,uuid)
          realtime.send(jsonb,text,text,boolean)",
