@@ -20,7 +20,8 @@ const FAILURES_PERCENT: u64 = 30;
 /// For the fixed amount of work, and for what is left when the time of a long run is over.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-const FLOWS: [&str; 3] = ["wide", "diamond", "chain"];
+const FLOWS: [&str; 4] = ["wide", "diamond", "chain", "brittle"];
+/// Of the brittle flow most runs fail, while the other tasks of the same map end one way or the other.
 const DEFINITIONS: &str = "
     flow wide(max_attempts => 8, base_delay => 0)
     map items
@@ -35,7 +36,11 @@ const DEFINITIONS: &str = "
     list
     map each < list
     map again < each
-    sum < again";
+    sum < again
+    flow brittle(max_attempts => 2, base_delay => 0)
+    map items
+    map others
+    last < items, others";
 
 /// What the workers saw, all of them together.
 #[derive(Default)]
@@ -46,6 +51,12 @@ struct Seen {
     errors: Mutex<Vec<String>>,
     /// No run will be added.
     complete: AtomicBool,
+}
+
+impl Seen {
+    fn failed(&self) -> bool {
+        !self.errors.lock().unwrap().is_empty()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -110,14 +121,15 @@ async fn feed(core: &Core, seen: &Seen, torture: Option<Duration>) {
     let client = core.db.connect().await;
     let batch = "select pgflow.start_flow('wide', (select jsonb_agg(i) from generate_series(1, 40) as i)) from generate_series(1, 4);
                  select pgflow.start_flow('diamond', '{}') from generate_series(1, 16);
-                 select pgflow.start_flow('chain', '{}') from generate_series(1, 5)";
+                 select pgflow.start_flow('chain', '{}') from generate_series(1, 4);
+                 select pgflow.start_flow('brittle', (select jsonb_agg(i) from generate_series(1, 12) as i)) from generate_series(1, 20)";
     let started = Instant::now();
     show(&client, batch).await;
     show(&client, batch).await;
-    while torture.is_some_and(|lasts| started.elapsed() < lasts) {
+    while !seen.failed() && torture.is_some_and(|lasts| started.elapsed() < lasts) {
         let few = "select count(*) < 30 from pgflow.runs where status = 'started'";
         wait_until("few runs are left", PATIENCE, async || {
-            show(&client, few).await == "t"
+            seen.failed() || show(&client, few).await == "t"
         })
         .await;
         show(&client, batch).await;
@@ -130,8 +142,9 @@ async fn work(core: &Core, seen: &Seen, mut chance: Chance) {
     let register = "insert into pgflow.workers (worker_id, queue_name, function_name)
                     values (gen_random_uuid(), 'any', 'torture') returning worker_id";
     let worker = show(&client, register).await;
-    loop {
-        let flow = FLOWS[chance.below(3) as usize];
+    // One error is enough: nobody waits for what will not come.
+    while !seen.failed() {
+        let flow = FLOWS[chance.below(4) as usize];
         let qty = 1 + chance.below(8);
         let poll = format!("select msg_id from pgflow.read_with_poll('{flow}', 2, {qty}, 1, 20)");
         let ids = match try_show(&client, &poll).await {

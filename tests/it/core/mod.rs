@@ -17,6 +17,7 @@ mod slugs_and_definitions;
 mod start_tasks;
 mod starting;
 mod tables;
+mod together;
 mod vt_batch;
 
 use std::time::Duration;

@@ -38,7 +38,8 @@ async fn the_oldest_visible_messages_are_taken_and_hidden() {
         core.show(&hidden).await,
         "1 1 t\n2 1 t\n3 0 f\n4 0 f\n5 0 f"
     );
-    let clock = "begin; select now(); select vt > clock_timestamp() + interval '99 s' from pgflow.read_with_poll('q', 100, 1); commit";
+    let clock = "begin; select pg_sleep(0.05);
+                 select vt >= now() + interval '100.05 s' from pgflow.read_with_poll('q', 100, 1); commit";
     assert!(core.show(clock).await.ends_with("\nt"));
 
     // What is hidden is passed over; what becomes visible again is the oldest again, and was read before.
