@@ -18,7 +18,7 @@ use crate::classify::Classifier;
 use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
-use crate::client::{RunTokens, StatementRegistry, Verifiers, acceptor};
+use crate::client::{Replications, RunTokens, StatementRegistry, Verifiers, acceptor};
 use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
@@ -121,6 +121,12 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
     let freshness = (!replicas.is_empty())
         .then(|| Freshness::start(Arc::clone(&primary), replicas, connect_timeout, &control));
 
+    let replications = Replications::new(
+        &config.primary,
+        &config.replication,
+        connect_timeout,
+        &registry,
+    );
     let shared = Arc::new(Shared {
         listen: config.listen.clone(),
         auth: config.auth.method,
@@ -130,6 +136,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         verifiers: Verifiers::new(&config.auth, &config.primary)?,
         pools: Arc::clone(&pools),
         cancels: Arc::new(CancelRegistry::default()),
+        replications: replications.map_err(AppError::Upstream)?,
         clients: ClientIds::default(),
         seats: Seats::new(config.pool.max_clients.get()),
         classifier: Classifier::new(

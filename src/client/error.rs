@@ -52,6 +52,10 @@ impl SessionError {
                 fatal("0A000", error.to_string())
             }
             Self::Startup(error @ StartupError::NoUser) => fatal("28000", error.to_string()),
+            Self::Startup(error @ StartupError::Replication(_)) => Some(
+                ErrorResponse::fatal("22023", error.to_string())
+                    .with_hint("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
+            ),
             Self::Startup(error) => fatal("08P01", error.to_string()),
             Self::Protocol(message) => fatal("08P01", (*message).to_owned()),
             Self::Refused(error) => Some(error.as_ref().clone()),

@@ -5,6 +5,7 @@ mod auth;
 mod console;
 mod error;
 mod prepared;
+mod replication;
 mod reply;
 mod request;
 mod run_tokens;
@@ -17,6 +18,7 @@ mod tls;
 pub mod verifiers;
 
 pub(crate) use prepared::StatementRegistry;
+pub(crate) use replication::Replications;
 pub(crate) use run_tokens::RunTokens;
 pub(crate) use tls::acceptor;
 pub(crate) use verifiers::Verifiers;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::watch;
 
 use super::prepared::StatementRegistry;
+use super::replication::Replications;
 use super::run_tokens::RunTokens;
 use super::state::{PIN_REASONS, PinReason, Pins};
 use super::verifiers::Verifiers;
@@ -39,6 +40,7 @@ pub(crate) struct Shared {
     pub(crate) verifiers: Verifiers,
     pub(crate) pools: Arc<Pools>,
     pub(crate) cancels: Arc<CancelRegistry>,
+    pub(crate) replications: Replications,
     pub(crate) clients: ClientIds,
     pub(crate) seats: Seats,
     pub(crate) classifier: Classifier,

@@ -13,18 +13,23 @@ use tracing::{debug, info};
 use super::auth;
 use super::console;
 use super::error::{SessionError, login_refused};
+use super::replication::{Place, ReplicationSession};
 use super::session::{LoggedIn, Session};
 use super::shared::{Running, Seats, Shared};
+use crate::cancel::CancelKey;
 use crate::config::{AuthMethod, ClientTls, PoolMode};
 use crate::pool::checkout::Wish;
 use crate::server::auth::Credentials;
-use crate::server::parameters::Opening;
+use crate::server::conn::ServerConn;
+use crate::server::parameters::{Opening, Reported};
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::messages::{
     TxStatus, put_authentication, put_backend_key, put_frame, put_negotiate, put_parameter_status,
     put_ready,
 };
-use crate::wire::startup::{self, PROTOCOL_MINOR_MAX, Packet, Startup, StartupError};
+use crate::wire::startup::{
+    self, PROTOCOL_MINOR_MAX, Packet, ReplicationMode, Startup, StartupError,
+};
 use crate::wire::stream::{Stream, Transport};
 
 /// The database that is the admin console.
@@ -63,6 +68,17 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
             }
             session.part().await;
         }
+        Ok(Ok(Arrival::Replication(mut session))) => {
+            if let Err(error) = Box::pin(session.run(shared.running.clone())).await {
+                note(peer, &error, &shared);
+                if !session.is_mid_message() {
+                    farewell(&mut session.client, &error).await;
+                }
+            }
+            if timeout(FAREWELL_MAX, session.part()).await.is_err() {
+                debug!(%peer, "client of a replication connection did not take all there was");
+            }
+        }
         Ok(Ok(Arrival::Console(mut client))) => {
             let ended = tokio::select! {
                 biased;
@@ -97,6 +113,7 @@ async fn until(shared: &Shared, reached: impl Fn(Running) -> bool) {
 
 enum Arrival {
     Session(Box<Session>),
+    Replication(Box<ReplicationSession>),
     Console(Stream),
     /// A cancel request, or somebody who just looked in.
     Nothing,
@@ -121,6 +138,11 @@ async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Ar
     match introduce(&mut client, shared, seated).await {
         Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
         Ok(Introduced::Console) => Ok(Arrival::Console(client)),
+        Ok(Introduced::Replication(server)) => {
+            let (server, key, place) = *server;
+            let session = ReplicationSession::new(client, server, key, place);
+            Ok(Arrival::Replication(Box::new(session)))
+        }
         Ok(Introduced::User(login)) => {
             let login = LoggedIn {
                 id: login.id,
@@ -173,6 +195,7 @@ async fn encrypt(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError
 enum Introduced {
     Nothing,
     Console,
+    Replication(Box<(ServerConn, CancelKey, Place)>),
     User(Box<User>),
 }
 
@@ -180,8 +203,8 @@ struct User {
     id: u64,
     opening: Arc<Opening>,
     application_name: String,
-    key: crate::cancel::CancelKey,
-    reported: crate::server::parameters::Reported,
+    key: CancelKey,
+    reported: Reported,
 }
 
 async fn introduce(
@@ -221,6 +244,23 @@ async fn introduce(
         AuthMethod::Trust => Credentials::None,
         AuthMethod::Scram => auth::scram(client, &shared.verifiers, &login.opening.user).await?,
     };
+    let secret_len = if startup.minor >= 2 {
+        SECRET_LEN_3_2
+    } else {
+        SECRET_LEN
+    };
+    if login.replication.is_some() {
+        let opened =
+            shared
+                .replications
+                .open(&login.opening, &login.application_name, &credentials);
+        let (server, place) = opened.await?;
+        let key = shared.cancels.issue(server.key.pid, secret_len)?;
+        put_welcome(client, &server.reported, &key);
+        client.flush().await?;
+        shared.counters.logins.inc();
+        return Ok(Introduced::Replication(Box::new((*server, key, place))));
+    }
     if login.opening.database == CONSOLE {
         put_authentication(&mut client.output, 0, &[]);
         console::put_greeting(&mut client.output);
@@ -248,18 +288,8 @@ async fn introduce(
         seen.reported
             .set("application_name", &login.application_name);
     }
-    let secret_len = if startup.minor >= 2 {
-        SECRET_LEN_3_2
-    } else {
-        SECRET_LEN
-    };
     let key = shared.cancels.issue(seen.pid, secret_len)?;
-    put_authentication(&mut client.output, 0, &[]);
-    for (name, value) in seen.reported.iter() {
-        put_parameter_status(&mut client.output, name, value);
-    }
-    put_backend_key(&mut client.output, key.pid, &key.secret);
-    put_ready(&mut client.output, TxStatus::Idle);
+    put_welcome(client, &seen.reported, &key);
     client.flush().await?;
     shared.counters.logins.inc();
     let (opening, application_name) = (login.opening, login.application_name);
@@ -272,10 +302,21 @@ async fn introduce(
     })))
 }
 
+/// Appends the end of a login, from AuthenticationOk to the first ReadyForQuery.
+fn put_welcome(client: &mut Stream, reported: &Reported, key: &CancelKey) {
+    put_authentication(&mut client.output, 0, &[]);
+    for (name, value) in reported.iter() {
+        put_parameter_status(&mut client.output, name, value);
+    }
+    put_backend_key(&mut client.output, key.pid, &key.secret);
+    put_ready(&mut client.output, TxStatus::Idle);
+}
+
 /// What a StartupMessage asks for.
 struct Login {
     opening: Arc<Opening>,
     application_name: String,
+    replication: Option<ReplicationMode>,
 }
 
 impl Login {
@@ -289,15 +330,9 @@ impl Login {
             .filter(|database| !database.is_empty())
             .unwrap_or(user);
         let application_name = startup.parameter("application_name").unwrap_or_default();
-        if !matches!(
-            startup.parameter("replication"),
-            None | Some("false" | "off" | "no" | "0")
-        ) {
-            return Err(refused(
-                "0A000",
-                "replication connections are not supported",
-            ));
-        }
+        let replication = startup
+            .parameter("replication")
+            .map_or(Ok(None), startup::replication)?;
         let ours = |name: &str| {
             matches!(
                 name,
@@ -310,6 +345,13 @@ impl Login {
             .filter(|(name, _)| !ours(name))
             .cloned()
             .collect();
+        if let Some(mode) = replication {
+            let word = match mode {
+                ReplicationMode::Physical => "true",
+                ReplicationMode::Logical => "database",
+            };
+            options.push(("replication".to_owned(), word.to_owned()));
+        }
         options.sort();
         let opening = Opening {
             user: user.to_owned(),
@@ -319,6 +361,7 @@ impl Login {
         Ok(Self {
             opening: Arc::new(opening),
             application_name: application_name.to_owned(),
+            replication,
         })
     }
 }

@@ -13,8 +13,8 @@ use super::layers::{Layers, Source};
 use super::raw::{self, Span};
 use super::{
     ApiKey, Auth, AuthMethod, Cache, ClientTls, Config, ConfigError, ConnectUrl, Consistency,
-    Events, Flags, Http, Listen, Maintenance, Poll, Pool, PoolMode, Problem, Reads, Route, Secret,
-    Shed, Wake,
+    Events, Flags, Http, Listen, Maintenance, Poll, Pool, PoolMode, Problem, Reads, Replication,
+    Route, Secret, Shed, Wake,
 };
 
 const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
@@ -77,6 +77,15 @@ impl Check {
             .collect();
         let auth = self.auth(raw.auth, &listen);
         let pool = self.pool(raw.pool);
+        let most = self.number(
+            "replication.max_connections",
+            raw.replication.max_connections,
+            10,
+            0..=10_000,
+        );
+        let replication = Replication {
+            max_connections: usize::try_from(most).unwrap_or(usize::MAX),
+        };
         let route = self.route(raw.route);
         let cache = self.cache(raw.cache);
         let poll = Poll {
@@ -108,6 +117,7 @@ impl Check {
             replicas,
             auth,
             pool,
+            replication,
             route,
             cache,
             poll,

@@ -27,6 +27,7 @@ pub struct Config {
     pub replicas: Vec<ConnectUrl>,
     pub auth: Auth,
     pub pool: Pool,
+    pub replication: Replication,
     pub route: Route,
     pub cache: Cache,
     pub poll: Poll,
@@ -80,6 +81,13 @@ pub struct Auth {
 pub enum AuthMethod {
     Scram,
     Trust,
+}
+
+/// `[replication]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replication {
+    /// Replication connections at once, each with a server of its own outside the pools. 0: none at all.
+    pub max_connections: usize,
 }
 
 /// `[pool]`

@@ -17,6 +17,7 @@ pub(super) struct File {
     pub(super) replica: Vec<Upstream>,
     pub(super) auth: Auth,
     pub(super) pool: Pool,
+    pub(super) replication: Replication,
     pub(super) route: Route,
     pub(super) cache: Cache,
     pub(super) poll: Poll,
@@ -55,6 +56,12 @@ pub(super) struct Auth {
     pub(super) users_file: Option<String>,
     pub(super) query: Option<String>,
     pub(super) allow_trust_anywhere: Option<bool>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Replication {
+    pub(super) max_connections: Option<i64>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

@@ -103,6 +103,7 @@ fn every_value_said_arrives() {
         listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", tls = "require", tls_cert = "{here}", tls_key = "{here}", tls_client_ca = "{here}", threads = 3, login_timeout = "1s", drain_timeout = "0s" }}
         replica = [{{ url = "postgres://a" }}, {{ url = "postgres://b" }}]
         auth = {{ method = "trust", users_file = "{here}", query = "select $1", allow_trust_anywhere = true }}
+        replication = {{ max_connections = 0 }}
         pool = {{ mode = "session", size = 4, max_clients = 5, checkout_timeout = "6ms0", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h" }}
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
@@ -138,6 +139,7 @@ fn every_value_said_arrives() {
             query: "select $1".into(),
             allow_trust_anywhere: true,
         },
+        replication: Replication { max_connections: 0 },
         pool: Pool {
             mode: PoolMode::Session,
             size: NonZeroUsize::new(4).unwrap(),

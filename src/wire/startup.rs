@@ -52,6 +52,8 @@ pub(crate) enum StartupError {
     NoUser,
     #[error("startup parameters are not valid UTF-8")]
     NotUtf8,
+    #[error("invalid value for parameter \"replication\": \"{0}\"")]
+    Replication(String),
 }
 
 /// Length of the packet at the front of `bytes`, its own four bytes included; `None` while they are not all there.
@@ -125,9 +127,66 @@ fn take_cstr(rest: &mut &[u8]) -> Result<String, StartupError> {
     String::from_utf8(text.to_vec()).map_err(|_not_utf8| StartupError::NotUtf8)
 }
 
+/// What `replication` in a StartupMessage asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReplicationMode {
+    /// `true`: WAL and base backups of the whole server.
+    Physical,
+    /// `database`: logical decoding in that database, and SQL.
+    Logical,
+}
+
+/// Reads the value of `replication`; `None`: an ordinary session. As Postgres reads it, booleans in any of its spellings.
+/// (protocol-replication.html)
+pub(crate) fn replication(value: &str) -> Result<Option<ReplicationMode>, StartupError> {
+    if value == "database" {
+        return Ok(Some(ReplicationMode::Logical));
+    }
+    match boolean(value) {
+        Some(true) => Ok(Some(ReplicationMode::Physical)),
+        Some(false) => Ok(None),
+        None => Err(StartupError::Replication(value.to_owned())),
+    }
+}
+
+/// `parse_bool`: any beginning of a word that is no other's, in any case.
+fn boolean(text: &str) -> Option<bool> {
+    let text = text.to_ascii_lowercase();
+    let begins = |word: &str, shortest: usize| text.len() >= shortest && word.starts_with(&text);
+    if text == "1" || begins("true", 1) || begins("yes", 1) || begins("on", 2) {
+        Some(true)
+    } else if text == "0" || begins("false", 1) || begins("no", 1) || begins("off", 2) {
+        Some(false)
+    } else {
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn replication_is_a_boolean_or_a_database() {
+        for (value, mode) in [
+            ("database", Some(ReplicationMode::Logical)),
+            ("true", Some(ReplicationMode::Physical)),
+            ("TRUE", Some(ReplicationMode::Physical)),
+            ("t", Some(ReplicationMode::Physical)),
+            ("on", Some(ReplicationMode::Physical)),
+            ("yes", Some(ReplicationMode::Physical)),
+            ("1", Some(ReplicationMode::Physical)),
+            ("false", None),
+            ("of", None),
+            ("No", None),
+            ("0", None),
+        ] {
+            assert_eq!(replication(value), Ok(mode), "{value}");
+        }
+        for value in ["", "o", "Database", "2", "truer", "database "] {
+            assert!(replication(value).is_err(), "{value}");
+        }
+    }
 
     fn packet(code: u32, rest: &[u8]) -> Vec<u8> {
         let mut bytes = u32::try_from(8 + rest.len())

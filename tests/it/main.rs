@@ -13,6 +13,7 @@ mod events;
 mod hostile;
 mod protocol;
 mod reads;
+mod replication;
 mod schema;
 mod session;
 mod support;
