@@ -18,7 +18,7 @@ use crate::classify::Classifier;
 use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
-use crate::client::{Replications, RunTokens, StatementRegistry, Verifiers, acceptor};
+use crate::client::{Entrance, Replications, RunTokens, StatementRegistry, Verifiers};
 use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
@@ -54,7 +54,7 @@ pub enum AppError {
     Tls(#[source] io::Error),
     #[error("{0}")]
     Auth(#[from] VerifierError),
-    #[error("sslrootcert: {0}")]
+    #[error("certificates of an upstream's URL: {0}")]
     Upstream(#[source] io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
@@ -69,6 +69,7 @@ pub struct App {
     pub http: Option<SocketAddr>,
     pub registry: Arc<Registry>,
     running: watch::Sender<Running>,
+    entrance: watch::Sender<Arc<Entrance>>,
     drain_timeout: Duration,
     hubs: Arc<Hubs>,
     pools: Arc<Pools>,
@@ -121,6 +122,8 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
     let freshness = (!replicas.is_empty())
         .then(|| Freshness::start(Arc::clone(&primary), replicas, connect_timeout, &control));
 
+    let entrance = Entrance::new(config).map_err(AppError::Tls)?;
+    let (entrance, watched_entrance) = watch::channel(Arc::new(entrance));
     let replications = Replications::new(
         &config.primary,
         &config.replication,
@@ -129,10 +132,8 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
     );
     let shared = Arc::new(Shared {
         listen: config.listen.clone(),
-        auth: config.auth.method,
         pool_mode: config.pool.mode,
-        client_tls: config.listen.tls,
-        tls: acceptor(&config.listen).map_err(AppError::Tls)?,
+        entrance: watched_entrance,
         verifiers: Verifiers::new(&config.auth, &config.primary)?,
         pools: Arc::clone(&pools),
         cancels: Arc::new(CancelRegistry::default()),
@@ -197,6 +198,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         http,
         registry,
         running,
+        entrance,
         drain_timeout: config.listen.drain_timeout,
         hubs,
         pools,
@@ -207,6 +209,14 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
 }
 
 impl App {
+    /// Certificates (read anew), PROXY headers and access rules as `config` has them, for whoever connects from now on. On
+    /// an error all stays as it is.
+    pub fn replace_entrance(&self, config: &Config) -> Result<(), AppError> {
+        let entrance = Entrance::new(config).map_err(AppError::Tls)?;
+        self.entrance.send_replace(Arc::new(entrance));
+        Ok(())
+    }
+
     /// Stops accepting, lets transactions end within `listen.drain_timeout`, says 57P01 to the rest.
     pub async fn shut_down(self) {
         // Nobody may be watching any more.

@@ -12,8 +12,9 @@ use std::time::Duration;
 use super::layers::{Layers, Source};
 use super::raw::{self, Span};
 use super::{
-    ApiKey, Auth, AuthMethod, Cache, ClientTls, Config, ConfigError, ConnectUrl, Consistency,
-    Events, Flags, Http, Listen, Maintenance, Poll, Pool, PoolMode, Problem, Reads, Replication,
+    AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
+    ClientTls, Config, ConfigError, ConnectUrl, Consistency, DatabaseName, Events, Flags, Http,
+    Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol, Reads, Replication,
     Route, Secret, Shed, Wake,
 };
 
@@ -76,6 +77,10 @@ impl Check {
             .filter_map(|(index, one)| self.upstream(&format!("replica[{index}].url"), one))
             .collect();
         let auth = self.auth(raw.auth, &listen);
+        let access = raw.access.into_iter().enumerate();
+        let access = access
+            .map(|(index, rule)| self.access(index, rule, &listen, &auth))
+            .collect();
         let pool = self.pool(raw.pool);
         let most = self.number(
             "replication.max_connections",
@@ -116,6 +121,7 @@ impl Check {
             primary,
             replicas,
             auth,
+            access,
             pool,
             replication,
             route,
@@ -185,6 +191,21 @@ impl Check {
                 tls = ClientTls::Off;
             }
         }
+        let words = [
+            ("off", ProxyProtocol::Off),
+            ("require", ProxyProtocol::Require),
+        ];
+        let proxy_protocol = self.word("listen.proxy_protocol", raw.proxy_protocol, &words);
+        let proxy_protocol_from = self.ranges(
+            "listen.proxy_protocol_from",
+            raw.proxy_protocol_from.unwrap_or_default(),
+        );
+        if proxy_protocol == ProxyProtocol::Require && proxy_protocol_from.is_empty() {
+            self.problem(
+                "listen.proxy_protocol_from",
+                "is empty; name the balancers whose PROXY headers are believed, as in [\"10.0.0.0/8\"]",
+            );
+        }
         Listen {
             postgres,
             http,
@@ -192,6 +213,8 @@ impl Check {
             tls_cert,
             tls_key,
             tls_client_ca,
+            proxy_protocol,
+            proxy_protocol_from,
             threads: self.count("listen.threads", raw.threads, 1, 1..=256),
             login_timeout: self.span(
                 "listen.login_timeout",
@@ -230,11 +253,17 @@ impl Check {
                 return None;
             }
         };
-        if let Some(root) = url.ssl_root_cert.as_deref().filter(|root| !root.is_file()) {
-            self.problem(
-                key_path,
-                format!("has sslrootcert {}, which is not a file", root.display()),
-            );
+        for (name, path) in [
+            ("sslrootcert", &url.ssl_root_cert),
+            ("sslcert", &url.ssl_cert),
+            ("sslkey", &url.ssl_key),
+        ] {
+            if let Some(path) = path.as_deref().filter(|path| !path.is_file()) {
+                self.problem(
+                    key_path,
+                    format!("has {name} {}, which is not a file", path.display()),
+                );
+            }
         }
         Some(url)
     }
@@ -269,6 +298,119 @@ impl Check {
             query,
             allow_trust_anywhere,
         }
+    }
+
+    fn access(
+        &mut self,
+        index: usize,
+        raw: raw::Access,
+        listen: &Listen,
+        auth: &Auth,
+    ) -> AccessRule {
+        let path = |key: &str| format!("access[{index}].{key}");
+        let database = self.names(&path("database"), raw.database);
+        let database = database
+            .into_iter()
+            .map(|name| match name.as_str() {
+                "all" => DatabaseName::All,
+                "sameuser" => DatabaseName::SameUser,
+                "replication" => DatabaseName::Replication,
+                _ => DatabaseName::Named(name),
+            })
+            .collect();
+        let user = self.names(&path("user"), raw.user);
+        let user = if user.iter().any(|name| name == "all") {
+            Names::All
+        } else {
+            Names::Only(user)
+        };
+        let address = match listed(raw.address) {
+            None => Addresses::All,
+            Some(list) if list.iter().any(|text| text == "all") => Addresses::All,
+            Some(list) if list.is_empty() => {
+                self.problem(&path("address"), "is empty, so the rule matches nobody");
+                Addresses::All
+            }
+            Some(list) => Addresses::Only(self.ranges(&path("address"), list)),
+        };
+        let methods = [
+            ("scram", AccessMethod::Scram),
+            ("trust", AccessMethod::Trust),
+            ("cert", AccessMethod::Cert),
+            ("reject", AccessMethod::Reject),
+        ];
+        let method = self.word(&path("method"), raw.method, &methods);
+        let words = [("any", AccessTls::Any), ("require", AccessTls::Require)];
+        let tls = self.word(&path("tls"), raw.tls, &words);
+        let cert_name = said(raw.cert_name);
+
+        let trusts_others = match &address {
+            Addresses::All => !listen.postgres.ip().is_loopback(),
+            Addresses::Only(list) => !list.iter().all(|range| range.is_loopback()),
+        };
+        if method == AccessMethod::Trust && trusts_others && !auth.allow_trust_anywhere {
+            self.problem(
+                &path("method"),
+                "\"trust\" would let in whoever comes from there; name addresses of this machine, use \"scram\" \
+                 or \"cert\", or set auth.allow_trust_anywhere = true",
+            );
+        }
+        if method == AccessMethod::Cert && listen.tls_client_ca.is_none() {
+            self.problem(
+                &path("method"),
+                "is \"cert\", but there is no listen.tls_client_ca",
+            );
+        }
+        if method != AccessMethod::Cert && cert_name.is_some() {
+            self.problem(
+                &path("cert_name"),
+                "needs method = \"cert\" in the same rule",
+            );
+        }
+        if tls == AccessTls::Require && listen.tls == ClientTls::Off {
+            self.problem(
+                &path("tls"),
+                "is \"require\", but there is no TLS towards clients (listen.tls, tls_cert, tls_key)",
+            );
+        }
+        AccessRule {
+            database,
+            user,
+            address,
+            method,
+            tls,
+            cert_name,
+        }
+    }
+
+    /// Names of a rule; nothing said is everybody.
+    fn names(&mut self, key_path: &str, raw: Option<raw::OneOrMore>) -> Vec<String> {
+        let Some(list) = listed(raw) else {
+            return vec!["all".to_owned()];
+        };
+        if list.is_empty() {
+            self.problem(key_path, "is empty, so the rule matches nobody");
+        }
+        // What pg_hba.conf reads as a group, a file or a pattern would here be a name nobody has.
+        let special = |name: &&String| name.starts_with(['+', '@', '/']) || name.is_empty();
+        for name in list.iter().filter(special) {
+            self.problem(
+                key_path,
+                format!("`{name}` is no name; groups, files and patterns are not understood"),
+            );
+        }
+        list
+    }
+
+    fn ranges(&mut self, key_path: &str, list: Vec<String>) -> Vec<Cidr> {
+        let mut ranges = Vec::new();
+        for text in list {
+            match text.parse() {
+                Ok(range) => ranges.push(range),
+                Err(error) => self.problem(key_path, format!("`{text}` {error}")),
+            }
+        }
+        ranges
     }
 
     fn pool(&mut self, raw: raw::Pool) -> Pool {
@@ -584,6 +726,14 @@ impl Check {
             source,
         });
     }
+}
+
+/// Both spellings of a list.
+fn listed(raw: Option<raw::OneOrMore>) -> Option<Vec<String>> {
+    raw.map(|raw| match raw {
+        raw::OneOrMore::One(text) => vec![text],
+        raw::OneOrMore::More(list) => list,
+    })
 }
 
 /// For a key without a default, an empty string says nothing.

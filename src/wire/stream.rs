@@ -32,6 +32,16 @@ impl Transport {
         }
     }
 
+    /// The certificate the other side showed, in DER; none without TLS, or where none was asked for.
+    pub(crate) fn peer_certificate(&self) -> Option<&[u8]> {
+        let shown = match self {
+            Self::Plain(_) | Self::Gone => None,
+            Self::TlsServer(tls) => tls.get_ref().1.peer_certificates(),
+            Self::TlsClient(tls) => tls.get_ref().1.peer_certificates(),
+        };
+        shown?.first().map(AsRef::as_ref)
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(room);
         ready!(match self {

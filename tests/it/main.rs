@@ -5,6 +5,7 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod access;
 mod auth;
 #[cfg(feature = "demo")]
 mod demo;
@@ -17,4 +18,5 @@ mod replication;
 mod schema;
 mod session;
 mod support;
+mod tls;
 mod transcripts;
