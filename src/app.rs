@@ -18,7 +18,7 @@ use crate::classify::Classifier;
 use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
-use crate::client::{Entrance, Replications, RunTokens, StatementRegistry, Verifiers};
+use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
 use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
@@ -136,7 +136,8 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         entrance: watched_entrance,
         verifiers: Verifiers::new(&config.auth, &config.primary)?,
         pools: Arc::clone(&pools),
-        cancels: Arc::new(CancelRegistry::default()),
+        cancels: Arc::new(CancelRegistry::new(config.cluster.address.as_deref())),
+        peers: Peers::new(config, &registry),
         replications: replications.map_err(AppError::Upstream)?,
         clients: ClientIds::default(),
         seats: Seats::new(config.pool.max_clients.get()),

@@ -6,6 +6,7 @@ mod auth;
 mod console;
 mod entrance;
 mod error;
+mod peers;
 mod prepared;
 mod proxy;
 mod replication;
@@ -21,6 +22,7 @@ mod tls;
 pub mod verifiers;
 
 pub(crate) use entrance::Entrance;
+pub(crate) use peers::Peers;
 pub(crate) use prepared::StatementRegistry;
 pub(crate) use replication::Replications;
 pub(crate) use run_tokens::RunTokens;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::watch;
 
 use super::entrance::Entrance;
+use super::peers::Peers;
 use super::prepared::StatementRegistry;
 use super::replication::Replications;
 use super::run_tokens::RunTokens;
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) verifiers: Verifiers,
     pub(crate) pools: Arc<Pools>,
     pub(crate) cancels: Arc<CancelRegistry>,
+    pub(crate) peers: Peers,
     pub(crate) replications: Replications,
     pub(crate) clients: ClientIds,
     pub(crate) seats: Seats,

@@ -248,9 +248,16 @@ async fn introduce(
         match packet {
             Packet::SslRequest => answer_ssl(client, caller).await?,
             Packet::GssEncRequest => answer(client, b"N").await?,
-            Packet::Cancel { pid, secret } => {
+            Packet::Cancel {
+                pid,
+                secret,
+                forwarded,
+            } => {
                 shared.counters.cancels.inc();
-                shared.cancels.cancel(pid, &secret).await;
+                // An unknown key is ignored, as Postgres does, unless others may know it.
+                if !shared.cancels.cancel(pid, &secret).await && !forwarded {
+                    shared.peers.forward(pid, &secret).await;
+                }
                 return Ok(Introduced::Nothing);
             }
             Packet::Startup(startup) => break startup,

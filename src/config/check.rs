@@ -13,9 +13,9 @@ use super::layers::{Layers, Source};
 use super::raw::{self, Span};
 use super::{
     AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
-    ClientTls, Config, ConfigError, ConnectUrl, Consistency, DatabaseName, Events, Flags, Http,
-    Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol, Reads, Replication,
-    Route, Secret, Shed, Wake,
+    ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, DatabaseName, Events, Flags,
+    Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol, Reads,
+    Replication, Route, Secret, Shed, Wake,
 };
 
 const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
@@ -25,6 +25,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
+/// Every unknown cancel key may be asked of each.
+const PEERS_MAX: usize = 64;
 /// RFC 7518, 3.2: an HS256 key has at least as many bits as the hash.
 const JWT_SECRET_BYTES_MIN: usize = 32;
 
@@ -91,6 +93,7 @@ impl Check {
         let replication = Replication {
             max_connections: usize::try_from(most).unwrap_or(usize::MAX),
         };
+        let cluster = self.cluster(raw.cluster);
         let route = self.route(raw.route);
         let cache = self.cache(raw.cache);
         let poll = Poll {
@@ -124,6 +127,7 @@ impl Check {
             access,
             pool,
             replication,
+            cluster,
             route,
             cache,
             poll,
@@ -411,6 +415,47 @@ impl Check {
             }
         }
         ranges
+    }
+
+    fn cluster(&mut self, raw: raw::Cluster) -> Cluster {
+        let peers = raw.peers.unwrap_or_default();
+        let address = said(raw.address);
+        for (key_path, place) in peers
+            .iter()
+            .map(|peer| ("cluster.peers", peer))
+            .chain(address.iter().map(|address| ("cluster.address", address)))
+        {
+            if !is_host_and_port(place) {
+                self.problem(
+                    key_path,
+                    format!("`{place}` must be a host and a port, as in \"flowgate-2:6432\""),
+                );
+            }
+        }
+        if let Some(twice) = peers
+            .iter()
+            .enumerate()
+            .find_map(|(index, peer)| peers[..index].contains(peer).then_some(peer))
+        {
+            self.problem("cluster.peers", format!("names `{twice}` twice"));
+        }
+        if let Some(address) = address.as_ref().filter(|address| peers.contains(address)) {
+            self.problem(
+                "cluster.peers",
+                format!("names `{address}`, which is cluster.address, ourselves"),
+            );
+        }
+        if peers.len() > PEERS_MAX {
+            self.problem(
+                "cluster.peers",
+                format!("names {}, {PEERS_MAX} at most", peers.len()),
+            );
+        }
+        Cluster {
+            address,
+            peers,
+            forwards_max: self.count("cluster.forwards_max", raw.forwards_max, 64, 1..=10_000),
+        }
     }
 
     fn pool(&mut self, raw: raw::Pool) -> Pool {
@@ -733,6 +778,16 @@ fn listed(raw: Option<raw::OneOrMore>) -> Option<Vec<String>> {
     raw.map(|raw| match raw {
         raw::OneOrMore::One(text) => vec![text],
         raw::OneOrMore::More(list) => list,
+    })
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        let bracketed = host.starts_with('[') && host.ends_with(']');
+        !host.is_empty()
+            && (bracketed || !host.contains(':'))
+            && !host.contains(char::is_whitespace)
+            && port.parse::<u16>().is_ok_and(|port| port != 0)
     })
 }
 

@@ -32,6 +32,7 @@ pub struct Config {
     pub access: Vec<AccessRule>,
     pub pool: Pool,
     pub replication: Replication,
+    pub cluster: Cluster,
     pub route: Route,
     pub cache: Cache,
     pub poll: Poll,
@@ -159,6 +160,17 @@ pub enum AccessTls {
 pub struct Replication {
     /// Replication connections at once, each with a server of its own outside the pools. 0: none at all.
     pub max_connections: usize,
+}
+
+/// `[cluster]`: other Flowgates behind the same balancer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cluster {
+    /// Ours, as the others' `peers` spell it.
+    pub address: Option<String>,
+    /// `host:port` of each.
+    pub peers: Vec<String>,
+    /// Cancel requests on their way to peers at once.
+    pub forwards_max: NonZeroUsize,
 }
 
 /// `[pool]`

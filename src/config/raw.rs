@@ -22,6 +22,7 @@ pub(super) struct File {
     pub(super) access: Vec<Access>,
     pub(super) pool: Pool,
     pub(super) replication: Replication,
+    pub(super) cluster: Cluster,
     pub(super) route: Route,
     pub(super) cache: Cache,
     pub(super) poll: Poll,
@@ -80,6 +81,14 @@ pub(super) struct Access {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Replication {
     pub(super) max_connections: Option<i64>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Cluster {
+    pub(super) address: Option<String>,
+    pub(super) peers: Option<Vec<String>>,
+    pub(super) forwards_max: Option<i64>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

@@ -108,6 +108,7 @@ fn every_value_said_arrives() {
         auth = {{ method = "trust", users_file = "{here}", query = "select $1", allow_trust_anywhere = true }}
         access = [{{ database = ["a", "sameuser"], user = "u", address = ["::1", "10.0.0.0/8"], method = "cert", tls = "require", cert_name = "c" }}, {{ method = "reject" }}]
         replication = {{ max_connections = 0 }}
+        cluster = {{ address = "me:1", peers = ["you:2", "[::1]:3"], forwards_max = 4 }}
         pool = {{ mode = "session", size = 4, max_clients = 5, checkout_timeout = "6ms0", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h" }}
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
@@ -167,6 +168,11 @@ fn every_value_said_arrives() {
             },
         ],
         replication: Replication { max_connections: 0 },
+        cluster: Cluster {
+            address: Some("me:1".into()),
+            peers: vec!["you:2".into(), "[::1]:3".into()],
+            forwards_max: NonZeroUsize::new(4).unwrap(),
+        },
         pool: Pool {
             mode: PoolMode::Session,
             size: NonZeroUsize::new(4).unwrap(),
@@ -686,9 +692,24 @@ fn an_access_rule_is_held_to_what_can_be_kept() {
 }
 
 #[test]
-fn balancers_are_named() {
+fn proxies_before_and_beside_us_are_named_in_full() {
     check(
         "[listen]\nproxy_protocol = \"require\"",
         "listen.proxy_protocol_from: is empty; name the balancers whose PROXY headers are believed, as in [\"10.0.0.0/8\"]",
     );
+    check(
+        "[cluster]\npeers = [\"here\"]",
+        "cluster.peers: `here` must be a host and a port, as in \"flowgate-2:6432\" (f.toml:2)",
+    );
+    check(
+        "[cluster]\npeers = [\"a:1\", \"a:1\"]",
+        "cluster.peers: names `a:1` twice (f.toml:2)",
+    );
+    check(
+        "[cluster]\naddress = \"a:1\"\npeers = [\"a:1\"]",
+        "cluster.peers: names `a:1`, which is cluster.address, ourselves (f.toml:3)",
+    );
+    let env = [("FLOWGATE_CLUSTER__PEERS", "a:1, b:2")];
+    let config = read(&with_primary(""), &env, Flags::default()).unwrap();
+    assert_eq!(config.cluster.peers, ["a:1", "b:2"]);
 }

@@ -136,17 +136,19 @@ pub(crate) fn read_binary(head: &[u8; HEAD], rest: &[u8]) -> Result<Source, Malf
     Ok(Source::Client(client))
 }
 
+/// What we send ahead when we speak for ourselves: LOCAL, nothing more.
+pub(crate) fn local() -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    let fixed = SIGNATURE.iter().chain(&[0x20, 0, 0, 0]);
+    head.iter_mut()
+        .zip(fixed)
+        .for_each(|(slot, byte)| *slot = *byte);
+    head
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// LOCAL, nothing more.
-    fn local() -> [u8; HEAD] {
-        let mut head = [0; HEAD];
-        head[..BEGINNING].copy_from_slice(&SIGNATURE);
-        head[BEGINNING] = 0x20;
-        head
-    }
 
     fn binary(command: u8, family: u8, rest: &[u8]) -> Result<Source, Malformed> {
         let mut head = local();

@@ -10,12 +10,21 @@ const PROTOCOL_MAJOR: u32 = 3;
 /// The newest minor we speak: 3.2 has variable-length cancel keys.
 pub(crate) const PROTOCOL_MINOR_MAX: u16 = 2;
 
+const CANCEL: (u32, u16) = (1234, 5678);
+/// A CancelRequest from one Flowgate to another, alike but for this. Postgres knows no such code and hangs up.
+const FORWARDED_CANCEL: (u32, u16) = (1234, 5778);
+
 /// What an untagged packet is.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Packet {
     SslRequest,
     GssEncRequest,
-    Cancel { pid: u32, secret: Vec<u8> },
+    Cancel {
+        pid: u32,
+        secret: Vec<u8>,
+        /// It comes from another Flowgate, which does not know the key: not to be passed on again.
+        forwarded: bool,
+    },
     Startup(Startup),
 }
 
@@ -69,6 +78,15 @@ pub(crate) fn packet_len(bytes: &[u8]) -> Result<Option<usize>, StartupError> {
     }
 }
 
+/// A whole CancelRequest, as from one Flowgate to another.
+pub(crate) fn forwarded_cancel(pid: u32, secret: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(12 + secret.len()).unwrap_or(u32::MAX);
+    let (major, minor) = FORWARDED_CANCEL;
+    let code = major << 16 | u32::from(minor);
+    let head = [length, code, pid].map(u32::to_be_bytes);
+    [head.as_flattened(), secret].concat()
+}
+
 /// Reads one whole packet.
 pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
     let Some((&[_, _, _, _, c0, c1, c2, c3], rest)) = packet.split_first_chunk::<8>() else {
@@ -79,7 +97,7 @@ pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
         u16::from_be_bytes([c2, c3]),
     );
     match (major, minor) {
-        (1234, 5678) => {
+        CANCEL | FORWARDED_CANCEL => {
             let Some((pid, secret)) = rest.split_first_chunk::<4>() else {
                 return Err(StartupError::Length);
             };
@@ -89,6 +107,7 @@ pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
             Ok(Packet::Cancel {
                 pid: u32::from_be_bytes(*pid),
                 secret: secret.to_vec(),
+                forwarded: (major, minor) == FORWARDED_CANCEL,
             })
         }
         (1234, 5679) => Ok(Packet::SslRequest),
@@ -188,6 +207,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_forwarded_cancel_is_read_as_one() {
+        assert_eq!(
+            read(&forwarded_cancel(7, &[1; 32])),
+            Ok(Packet::Cancel {
+                pid: 7,
+                secret: vec![1; 32],
+                forwarded: true
+            })
+        );
+    }
+
     fn packet(code: u32, rest: &[u8]) -> Vec<u8> {
         let mut bytes = u32::try_from(8 + rest.len())
             .unwrap()
@@ -205,6 +236,7 @@ mod tests {
         let cancel = Packet::Cancel {
             pid: 7,
             secret: vec![1, 2, 3, 4],
+            forwarded: false,
         };
         assert_eq!(
             read(&packet(80_877_102, &[0, 0, 0, 7, 1, 2, 3, 4])),

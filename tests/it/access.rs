@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use crate::support::certs::{Certs, EC, psql, set_hba};
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, text, try_connect};
-use crate::support::raw::{PROTOCOL_3_0, Raw, startup, transcript};
+use crate::support::raw::{self, PROTOCOL_3_0, Raw, error_code, startup, transcript};
 use crate::support::wait::wait_until;
 
 /// `[[access]]` as in a file, checked beside the certificates of `config`.
@@ -408,5 +408,142 @@ async fn tls_begins_right_after_the_header() {
         assert_eq!(said.as_deref(), Ok("encrypted"));
     }
     relayed.abort();
+    proxy.shut_down().await;
+}
+
+// ---- other Flowgates ----
+
+/// Cancels through whichever of two proxies the balancer picks.
+#[tokio::test]
+async fn a_cancel_finds_its_client_through_another_flowgate() {
+    let db = fresh_database().await;
+    // Addresses are known once a proxy listens; those asked for are free a moment ago.
+    for (protocol, named) in [
+        (PROTOCOL_3_0, true),
+        (raw::PROTOCOL_3_2, true),
+        (raw::PROTOCOL_3_2, false),
+    ] {
+        let (one, two) = two_flowgates(&db, |config| {
+            if !named {
+                config.cluster.address = None;
+            }
+        })
+        .await;
+        let direct = db.connect().await;
+        for (home, other) in [(&one, &two), (&two, &one)] {
+            let mut raw = Raw::connect(home.port).await;
+            let user = [("user", "postgres"), ("database", db.name.as_str())];
+            raw.send(&startup(protocol, &user)).await;
+            raw.until_ready().await;
+            raw.send(&raw::query("select pg_sleep(600)")).await;
+            let pid = raw.pid();
+            wait_until("it sleeps", PATIENCE, async || {
+                let state = format!("select state from pg_stat_activity where pid = {pid}");
+                text(&direct, &state).await == "active"
+            })
+            .await;
+            let forwarded = |proxy: &Proxy| proxy.metric("flowgate_cancels_forwarded_total");
+            let (before, before_here) = (forwarded(other), forwarded(home));
+            raw::cancel(other.port, &raw.key).await;
+            let frames = raw.until_ready().await;
+            assert_eq!(error_code(&frames).as_deref(), Some("57014"));
+            // A key that says who made it is asked of that one alone: of three peers, one or all.
+            let asked = forwarded(other) - before;
+            let alone = named && protocol == raw::PROTOCOL_3_2;
+            assert_eq!(asked, if alone { 1 } else { 2 });
+            assert_eq!(forwarded(home), before_here, "it went on from there");
+        }
+        // Nobody's key goes to everybody once, and no further.
+        let total = |name: &str| one.metric(name) + two.metric(name);
+        let forwarded = total("flowgate_cancels_forwarded_total");
+        raw::cancel(one.port, &[0, 0, 0, 7, 1, 2, 3, 4]).await;
+        assert_eq!(total("flowgate_cancels_forwarded_total"), forwarded + 2);
+        one.shut_down().await;
+        two.shut_down().await;
+    }
+}
+
+/// Each has the other for a peer, and one more that is not there.
+async fn two_flowgates(
+    db: &crate::support::pg::TestDb,
+    tweak: impl Fn(&mut Config),
+) -> (Proxy, Proxy) {
+    let ports = [free_port(), free_port()];
+    let nobody = format!("127.0.0.1:{}", free_port());
+    let address = |port: u16| format!("127.0.0.1:{port}");
+    let start = async |ours: u16, theirs: u16| {
+        Proxy::without_replica(db, |config| {
+            config.listen.postgres = address(ours).parse().unwrap();
+            config.cluster.address = Some(address(ours));
+            config.cluster.peers = vec![address(theirs), nobody.clone()];
+            tweak(config);
+        })
+        .await
+    };
+    (
+        start(ports[0], ports[1]).await,
+        start(ports[1], ports[0]).await,
+    )
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn peers_behind_a_balancer_with_headers_get_one_too() {
+    let db = fresh_database().await;
+    let (one, two) = two_flowgates(&db, behind_balancer).await;
+    let mut raw = Raw::connect(one.port).await;
+    let header = b"PROXY TCP4 192.0.2.7 127.0.0.1 4711 6432\r\n";
+    raw.send(header).await;
+    let user = [("user", "postgres"), ("database", db.name.as_str())];
+    raw.send(&startup(PROTOCOL_3_0, &user)).await;
+    raw.until_ready().await;
+    raw.send(&raw::query("select pg_sleep(600)")).await;
+    let direct = db.connect().await;
+    let pid = raw.pid();
+    wait_until("it sleeps", PATIENCE, async || {
+        let state = format!("select state from pg_stat_activity where pid = {pid}");
+        text(&direct, &state).await == "active"
+    })
+    .await;
+    let mut cancel = Raw::connect(two.port).await;
+    let code = 80_877_102u32.to_be_bytes();
+    let packet = raw::untagged(&[&code[..], &raw.key].concat());
+    cancel.send(&[&header[..], &packet].concat()).await;
+    assert!(cancel.until_end().await.is_empty());
+    let frames = raw.until_ready().await;
+    assert_eq!(error_code(&frames).as_deref(), Some("57014"));
+    one.shut_down().await;
+    two.shut_down().await;
+}
+
+/// While one is stuck, others are dropped and counted; nobody waits for long.
+#[tokio::test]
+async fn forwarding_is_bounded() {
+    let db = fresh_database().await;
+    // Takes a connection and never says a word.
+    let deaf = tokio::net::TcpListener::bind(("127.0.0.1", 0))
+        .await
+        .unwrap();
+    let proxy = Proxy::without_replica(&db, |config| {
+        config.cluster.peers = vec![deaf.local_addr().unwrap().to_string()];
+        config.cluster.forwards_max = 1.try_into().unwrap();
+        config.pool.connect_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let port = proxy.port;
+    let key = [0, 0, 0, 7, 1, 2, 3, 4];
+    let stuck = tokio::spawn(async move { raw::cancel(port, &key).await });
+    wait_until("it is under way", PATIENCE, async || {
+        proxy.metric("flowgate_cancels_forwarded_total") == 1
+    })
+    .await;
+    raw::cancel(port, &key).await;
+    assert_eq!(proxy.metric("flowgate_cancels_dropped_total"), 1);
+    stuck.await.unwrap();
+    assert_eq!(proxy.metric("flowgate_cancels_forward_failures_total"), 1);
     proxy.shut_down().await;
 }
