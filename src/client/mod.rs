@@ -6,6 +6,8 @@ mod auth;
 mod console;
 mod entrance;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod peers;
 mod prepared;
 mod proxy;
