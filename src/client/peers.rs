@@ -21,6 +21,8 @@ use crate::wire::startup::forwarded_cancel;
 
 pub(crate) struct Peers {
     peers: Vec<Peer>,
+    /// On keys of our own.
+    mark: Option<Mark>,
     places: Semaphore,
     /// How long one may take to be reached and to act.
     within: Duration,
@@ -45,6 +47,7 @@ impl Peers {
         let counter = |name, help| registry.counter(name, help, &[]);
         Self {
             peers: config.cluster.peers.iter().map(peer).collect(),
+            mark: config.cluster.address.as_deref().map(cancel::mark),
             places: Semaphore::new(config.cluster.forwards_max.get()),
             within: config.pool.connect_timeout,
             with_header: config.listen.proxy_protocol == ProxyProtocol::Require,
@@ -65,6 +68,13 @@ impl Peers {
 
     /// Passes a cancel request on to whoever may have made its key, and returns when they have acted on it.
     pub(super) async fn forward(&self, pid: u32, secret: &[u8]) {
+        // One of ours, whose client has left: nobody else knows it either.
+        if self
+            .mark
+            .is_some_and(|ours| cancel::is_marked(secret, &ours))
+        {
+            return;
+        }
         let maker = self
             .peers
             .iter()

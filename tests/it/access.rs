@@ -452,6 +452,16 @@ async fn a_cancel_finds_its_client_through_another_flowgate() {
             let alone = named && protocol == raw::PROTOCOL_3_2;
             assert_eq!(asked, if alone { 1 } else { 2 });
             assert_eq!(forwarded(home), before_here, "it went on from there");
+            // Once its client has left, a key is nobody's; the one who made it knows.
+            let key = raw.key.clone();
+            drop(raw);
+            wait_until("it has left", PATIENCE, async || {
+                home.metric("flowgate_clients") == 0
+            })
+            .await;
+            raw::cancel(home.port, &key).await;
+            let asked = forwarded(home) - before_here;
+            assert_eq!(asked, if alone { 0 } else { 2 });
         }
         // Nobody's key goes to everybody once, and no further.
         let total = |name: &str| one.metric(name) + two.metric(name);
