@@ -18,7 +18,7 @@ use crate::classify::Classifier;
 use crate::client::accept;
 use crate::client::shared::{Counters, Running, Seats, Shared};
 use crate::client::verifiers::VerifierError;
-use crate::client::{RunTokens, StatementRegistry, Verifiers, acceptor};
+use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
 use crate::config::{Config, ConnectUrl, Listen};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
@@ -55,7 +55,7 @@ pub enum AppError {
     Tls(#[source] io::Error),
     #[error("{0}")]
     Auth(#[from] VerifierError),
-    #[error("sslrootcert: {0}")]
+    #[error("certificates of an upstream's URL: {0}")]
     Upstream(#[source] io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
@@ -70,6 +70,7 @@ pub struct App {
     pub http: Option<SocketAddr>,
     pub registry: Arc<Registry>,
     running: watch::Sender<Running>,
+    entrance: watch::Sender<Arc<Entrance>>,
     drain_timeout: Duration,
     hubs: Arc<Hubs>,
     pools: Arc<Pools>,
@@ -123,15 +124,23 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
     let freshness = (!replicas.is_empty())
         .then(|| Freshness::start(Arc::clone(&primary), replicas, connect_timeout, &control));
 
+    let entrance = Entrance::new(config).map_err(AppError::Tls)?;
+    let (entrance, watched_entrance) = watch::channel(Arc::new(entrance));
+    let replications = Replications::new(
+        &config.primary,
+        &config.replication,
+        connect_timeout,
+        &registry,
+    );
     let shared = Arc::new(Shared {
         listen: config.listen.clone(),
-        auth: config.auth.method,
         pool_mode: config.pool.mode,
-        client_tls: config.listen.tls,
-        tls: acceptor(&config.listen).map_err(AppError::Tls)?,
+        entrance: watched_entrance,
         verifiers: Verifiers::new(&config.auth, &config.primary)?,
         pools: Arc::clone(&pools),
-        cancels: Arc::new(CancelRegistry::default()),
+        cancels: Arc::new(CancelRegistry::new(config.cluster.address.as_deref())),
+        peers: Peers::new(config, &registry),
+        replications: replications.map_err(AppError::Upstream)?,
         clients: ClientIds::default(),
         seats: Seats::new(config.pool.max_clients.get()),
         classifier: Classifier::new(
@@ -193,6 +202,7 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
         http,
         registry,
         running,
+        entrance,
         drain_timeout: config.listen.drain_timeout,
         hubs,
         pools,
@@ -204,6 +214,14 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
 }
 
 impl App {
+    /// Certificates (read anew), PROXY headers and access rules as `config` has them, for whoever connects from now on. On
+    /// an error all stays as it is.
+    pub fn replace_entrance(&self, config: &Config) -> Result<(), AppError> {
+        let entrance = Entrance::new(config).map_err(AppError::Tls)?;
+        self.entrance.send_replace(Arc::new(entrance));
+        Ok(())
+    }
+
     /// Stops accepting, lets transactions end within `listen.drain_timeout`, says 57P01 to the rest.
     pub async fn shut_down(self) {
         // Nobody may be watching any more.

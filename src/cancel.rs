@@ -22,6 +22,27 @@ const LANDING_MAX: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(crate) struct CancelRegistry {
     slots: Mutex<HashMap<u32, Vec<Registered>>>,
+    /// What long keys begin with, so that other Flowgates know whose they are.
+    mark: Option<Mark>,
+}
+
+/// Says which Flowgate made a key.
+pub(crate) type Mark = [u8; 8];
+/// Keys of protocol 3.2 have room for a mark and 24 bytes of chance; those of 3.0 are four bytes of chance.
+const MARKED_MIN: usize = 32;
+
+/// The mark of the Flowgate at `address`, the same wherever it is reckoned. (FNV-1a)
+pub(crate) fn mark(address: &str) -> Mark {
+    let hash = address
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    hash.to_be_bytes()
+}
+
+pub(crate) fn is_marked(secret: &[u8], mark: &Mark) -> bool {
+    secret.len() >= MARKED_MIN && secret.starts_with(mark)
 }
 
 struct Registered {
@@ -56,10 +77,23 @@ pub(crate) struct CancelKey {
 }
 
 impl CancelRegistry {
+    /// `address`: ours, as other Flowgates know it.
+    pub(crate) fn new(address: Option<&str>) -> Self {
+        Self {
+            mark: address.map(mark),
+            ..Self::default()
+        }
+    }
+
     /// A fresh key for a client that is told it runs as backend `pid`. `length`: 4 bytes for protocol 3.0, 32 for 3.2.
     pub(crate) fn issue(self: &Arc<Self>, pid: u32, length: usize) -> io::Result<CancelKey> {
         let mut secret = vec![0; length].into_boxed_slice();
         getrandom::fill(&mut secret).map_err(io::Error::other)?;
+        if let Some(mark) = self.mark
+            && length >= MARKED_MIN
+        {
+            secret[..mark.len()].copy_from_slice(&mark);
+        }
         let slot = Arc::new(CancelSlot::default());
         let registered = Registered {
             secret: secret.clone(),
@@ -74,8 +108,8 @@ impl CancelRegistry {
         })
     }
 
-    /// Acts on a CancelRequest; an unknown key is ignored, as Postgres does.
-    pub(crate) async fn cancel(&self, pid: u32, secret: &[u8]) {
+    /// Acts on a CancelRequest; returns whether the key is one of ours.
+    pub(crate) async fn cancel(&self, pid: u32, secret: &[u8]) -> bool {
         let slot = lock(&self.slots).get(&pid).and_then(|keys| {
             // Every key of the pid is compared, in constant time each.
             let fits = |key: &&Registered| bool::from(key.secret.as_ref().ct_eq(secret));
@@ -84,9 +118,9 @@ impl CancelRegistry {
                 .map(|key| Arc::clone(&key.slot))
                 .reduce(|_, later| later)
         });
-        if let Some(slot) = slot {
-            slot.cancel().await;
-        }
+        let Some(slot) = slot else { return false };
+        slot.cancel().await;
+        true
     }
 }
 
@@ -206,6 +240,21 @@ mod tests {
         assert!(lock(&registry.slots).is_empty());
     }
 
+    #[test]
+    fn long_keys_say_who_made_them() {
+        let registry = Arc::new(CancelRegistry::new(Some("flowgate-1:6432")));
+        let (ours, other) = (mark("flowgate-1:6432"), mark("flowgate-2:6432"));
+        let (long, short) = (
+            registry.issue(7, 32).unwrap(),
+            registry.issue(7, 4).unwrap(),
+        );
+        assert!(is_marked(&long.secret, &ours) && !is_marked(&long.secret, &other));
+        assert!(!is_marked(&short.secret, &ours));
+        assert_ne!(long.secret[8..], registry.issue(7, 32).unwrap().secret[8..]);
+        let unnamed = Arc::new(CancelRegistry::new(None)).issue(7, 32).unwrap();
+        assert!(!is_marked(&unnamed.secret, &ours));
+    }
+
     #[tokio::test]
     async fn a_waiting_client_is_cancelled_by_the_right_key_only() {
         let registry = Arc::new(CancelRegistry::default());
@@ -214,11 +263,11 @@ mod tests {
         let waiting = wait.cancelled();
         tokio::pin!(waiting);
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        registry.cancel(7, &[0; 5]).await;
-        registry.cancel(8, &key.secret).await;
+        assert!(!registry.cancel(7, &[0; 5]).await);
+        assert!(!registry.cancel(8, &key.secret).await);
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        registry.cancel(7, &key.secret).await;
-        registry.cancel(7, &key.secret).await;
+        assert!(registry.cancel(7, &key.secret).await);
+        assert!(registry.cancel(7, &key.secret).await);
         assert!(futures_util::poll!(&mut waiting).is_ready());
         let next = key.slot.wait();
         assert!(

@@ -43,3 +43,7 @@ pub mod app;
 
 // Band 5: what one types.
 pub mod commands;
+
+// Not part of the proxy: what reads bytes from outside, for the fuzzer.
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;

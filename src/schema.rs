@@ -728,6 +728,7 @@ async fn install_embedded_pgmq(url: &ConnectUrl) -> Result<PgmqOutcome, SchemaEr
         .options([("client_min_messages", "warning")])
         .ssl_mode(match url.sslmode {
             SslMode::Disable => PgSslMode::Disable,
+            SslMode::Allow => PgSslMode::Allow,
             SslMode::Prefer => PgSslMode::Prefer,
             SslMode::Require => PgSslMode::Require,
             SslMode::VerifyCa => PgSslMode::VerifyCa,
@@ -738,6 +739,9 @@ async fn install_embedded_pgmq(url: &ConnectUrl) -> Result<PgmqOutcome, SchemaEr
     }
     if let Some(file) = &url.ssl_root_cert {
         options = options.ssl_root_cert(file);
+    }
+    if let (Some(cert), Some(key)) = (&url.ssl_cert, &url.ssl_key) {
+        options = options.ssl_client_cert(cert).ssl_client_key(key);
     }
     let pool = PgPoolOptions::new()
         .max_connections(1)

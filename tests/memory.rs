@@ -11,21 +11,47 @@
 mod support;
 
 use support::pg::fresh_database;
-use support::proxy::Proxy;
-use support::raw::query;
+use support::proxy::{PATIENCE, Proxy, text};
+use support::raw::{Raw, query};
+use support::wait::wait_until;
 
+const ROWS: u64 = 12_800;
+const ROW: u64 = 8_192;
+
+/// One after the other: memory is the process's.
 #[tokio::test]
-async fn a_big_result_streams_and_memory_stays_flat() {
-    const ROWS: u64 = 12_800;
-    const ROW: u64 = 8_192;
+async fn what_is_big_streams_and_memory_stays_flat() {
     let db = fresh_database().await;
     let proxy = Proxy::with_pool(&db, 1).await;
-    let mut client = proxy.raw().await;
-    client
-        .send(&query(&format!(
-            "select repeat('x', {ROW}) from generate_series(1, {ROWS})"
-        )))
-        .await;
+    read_all(proxy.raw().await).await;
+
+    // Over a replication connection, and while nobody reads, Postgres is held back.
+    let mut client = proxy.raw_with(&[("replication", "database")]).await;
+    let pid = client.pid();
+    ask(&mut client).await;
+    let direct = db.connect().await;
+    let held_back = format!("select wait_event from pg_stat_activity where pid = {pid}");
+    wait_until("Postgres is held back", PATIENCE, async || {
+        text(&direct, &held_back).await == "ClientWrite"
+    })
+    .await;
+    let sent = proxy.metric("flowgate_replication_bytes_total{from=\"server\"}");
+    assert!(sent < ROWS * ROW / 2, "{sent} bytes are somewhere");
+    read(client).await;
+    proxy.shut_down().await;
+}
+
+async fn ask(client: &mut Raw) {
+    let text = format!("select repeat('x', {ROW}) from generate_series(1, {ROWS})");
+    client.send(&query(&text)).await;
+}
+
+async fn read_all(mut client: Raw) {
+    ask(&mut client).await;
+    read(client).await;
+}
+
+async fn read(mut client: Raw) {
     let (mut rows, mut bytes, before, mut most) = (0, 0, resident_mb(), 0);
     loop {
         let frame = client.read().await;
@@ -47,7 +73,6 @@ async fn a_big_result_streams_and_memory_stays_flat() {
         most < before + 30,
         "resident memory went from {before} MB to {most} MB"
     );
-    proxy.shut_down().await;
 }
 
 /// Of this process, which the proxy is part of.

@@ -5,6 +5,7 @@ use std::io;
 
 use thiserror::Error;
 
+use super::proxy::ProxyError;
 use crate::pool::checkout::CheckoutError;
 use crate::relay::RelayError;
 use crate::server::auth::AuthError;
@@ -24,6 +25,8 @@ pub(crate) enum SessionError {
     Protocol(&'static str),
     #[error("TLS handshake failed: {0}")]
     Tls(#[source] io::Error),
+    #[error("PROXY header: {0}")]
+    Proxy(#[from] ProxyError),
     #[error("refused: {}", .0.message)]
     Refused(Box<ErrorResponse>),
     /// Postgres refused the login; its own ErrorResponse is passed on.
@@ -52,6 +55,10 @@ impl SessionError {
                 fatal("0A000", error.to_string())
             }
             Self::Startup(error @ StartupError::NoUser) => fatal("28000", error.to_string()),
+            Self::Startup(error @ StartupError::Replication(_)) => Some(
+                ErrorResponse::fatal("22023", error.to_string())
+                    .with_hint("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
+            ),
             Self::Startup(error) => fatal("08P01", error.to_string()),
             Self::Protocol(message) => fatal("08P01", (*message).to_owned()),
             Self::Refused(error) => Some(error.as_ref().clone()),
@@ -76,6 +83,7 @@ impl SessionError {
             ),
             Self::RefusedByServer(_)
             | Self::Tls(_)
+            | Self::Proxy(_)
             | Self::Relay(RelayError::ClientGone(_))
             | Self::ClientGone(_)
             | Self::ServerFarewell => None,
@@ -159,7 +167,10 @@ fn login_failed(error: &AuthError) -> ErrorResponse {
                 .with_detail("The proxy has no password or SCRAM key for this user.")
                 .with_hint("Use auth.method = \"scram\", or let the server trust the proxy.")
         }
-        AuthError::Unsupported(_) | AuthError::Scram | AuthError::ServerSignature => {
+        AuthError::Unsupported(_)
+        | AuthError::Scram
+        | AuthError::ServerSignature
+        | AuthError::NotBound(_) => {
             ErrorResponse::error("28000", "the proxy could not log in to the database server")
         }
         AuthError::Io(_) => {

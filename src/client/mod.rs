@@ -1,10 +1,17 @@
 //! One client's life: accept, startup, then the session loop where every mechanism meets. Nothing below knows of it.
 
 pub(crate) mod accept;
+mod access;
 mod auth;
 mod console;
+mod entrance;
 mod error;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
+mod peers;
 mod prepared;
+mod proxy;
+mod replication;
 mod reply;
 mod request;
 mod run_tokens;
@@ -16,7 +23,9 @@ mod survey;
 mod tls;
 pub mod verifiers;
 
+pub(crate) use entrance::Entrance;
+pub(crate) use peers::Peers;
 pub(crate) use prepared::StatementRegistry;
+pub(crate) use replication::Replications;
 pub(crate) use run_tokens::RunTokens;
-pub(crate) use tls::acceptor;
 pub(crate) use verifiers::Verifiers;

@@ -6,13 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::watch;
 
+use super::entrance::Entrance;
+use super::peers::Peers;
 use super::prepared::StatementRegistry;
+use super::replication::Replications;
 use super::run_tokens::RunTokens;
 use super::state::{PIN_REASONS, PinReason, Pins};
 use super::verifiers::Verifiers;
 use crate::cancel::CancelRegistry;
 use crate::classify::Classifier;
-use crate::config::{self, AuthMethod, ClientTls, PoolMode};
+use crate::config::{self, PoolMode};
 use crate::events::Hubs;
 use crate::metrics::{Counter, Gauge, Registry};
 use crate::pool::checkout::{ClientIds, Pools};
@@ -32,13 +35,14 @@ pub(crate) enum Running {
 
 pub(crate) struct Shared {
     pub(crate) listen: config::Listen,
-    pub(crate) auth: AuthMethod,
     pub(crate) pool_mode: PoolMode,
-    pub(crate) client_tls: ClientTls,
-    pub(crate) tls: Option<tokio_rustls::TlsAcceptor>,
+    /// The one in force; each connection takes it once.
+    pub(crate) entrance: watch::Receiver<Arc<Entrance>>,
     pub(crate) verifiers: Verifiers,
     pub(crate) pools: Arc<Pools>,
     pub(crate) cancels: Arc<CancelRegistry>,
+    pub(crate) peers: Peers,
+    pub(crate) replications: Replications,
     pub(crate) clients: ClientIds,
     pub(crate) seats: Seats,
     pub(crate) classifier: Classifier,
@@ -109,6 +113,11 @@ pub(crate) struct Counters {
     pub(crate) cancels: Arc<Counter>,
     pub(crate) notifications: Arc<Counter>,
     pub(crate) protocol_errors: Arc<Counter>,
+    /// Connections closed for their PROXY header.
+    pub(crate) proxy_untrusted: Arc<Counter>,
+    pub(crate) proxy_malformed: Arc<Counter>,
+    /// Logins no access rule lets in.
+    pub(crate) access_refused: Arc<Counter>,
     pins: Vec<(PinReason, Arc<Counter>)>,
 }
 
@@ -120,6 +129,14 @@ impl Counters {
                 "flowgate_requests_total",
                 "requests by where they were answered",
                 &[("to", to)],
+            )
+        };
+        let proxied = |why| {
+            let help = "connections closed because of their PROXY header";
+            registry.counter(
+                "flowgate_proxy_headers_refused_total",
+                help,
+                &[("why", why)],
             )
         };
         let kept = |why| {
@@ -154,6 +171,12 @@ impl Counters {
             protocol_errors: counter(
                 "flowgate_protocol_errors_total",
                 "connections closed because the client broke the protocol",
+            ),
+            proxy_untrusted: proxied("untrusted"),
+            proxy_malformed: proxied("malformed"),
+            access_refused: counter(
+                "flowgate_access_refused_total",
+                "logins that no access rule lets in",
             ),
             pins: PIN_REASONS.iter().map(pin).collect(),
         }

@@ -1,5 +1,5 @@
-//! From an accepted socket to a session: SSLRequest, GSSENCRequest, CancelRequest or StartupMessage → TLS → authentication →
-//! the first ReadyForQuery. Each step happens once and hands over to the next; errors are told to the client here.
+//! From an accepted socket to a session: PROXY header → SSLRequest, GSSENCRequest, CancelRequest or StartupMessage → TLS → access
+//! rules → authentication → the first ReadyForQuery. Each step happens once and hands over to the next; errors are told to the client here.
 //! (protocol-flow.html#PROTOCOL-FLOW-START-UP)
 
 use std::io;
@@ -10,21 +10,29 @@ use tokio::net::TcpStream;
 use tokio::time::{Duration, timeout};
 use tracing::{debug, info};
 
+use super::access::{self, Verdict, Visitor};
 use super::auth;
 use super::console;
+use super::entrance::Entrance;
 use super::error::{SessionError, login_refused};
+use super::proxy::{self, ProxyError};
+use super::replication::{Place, ReplicationSession};
 use super::session::{LoggedIn, Session};
 use super::shared::{Running, Seats, Shared};
-use crate::config::{AuthMethod, ClientTls, PoolMode};
+use crate::cancel::CancelKey;
+use crate::config::{ClientTls, PoolMode};
 use crate::pool::checkout::Wish;
 use crate::server::auth::Credentials;
-use crate::server::parameters::Opening;
+use crate::server::conn::ServerConn;
+use crate::server::parameters::{Opening, Reported};
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::messages::{
     TxStatus, put_authentication, put_backend_key, put_frame, put_negotiate, put_parameter_status,
     put_ready,
 };
-use crate::wire::startup::{self, PROTOCOL_MINOR_MAX, Packet, Startup, StartupError};
+use crate::wire::startup::{
+    self, PROTOCOL_MINOR_MAX, Packet, ReplicationMode, Startup, StartupError,
+};
 use crate::wire::stream::{Stream, Transport};
 
 /// The database that is the admin console.
@@ -41,13 +49,21 @@ const SECRET_LEN_3_2: usize = 32;
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
     let within = shared.listen.login_timeout;
-    let arrive = Box::pin(arrive(tcp, &shared, seat.is_some()));
+    let entrance = Arc::clone(&shared.entrance.borrow());
+    let mut caller = Caller {
+        address: peer,
+        entrance,
+        end_point: None,
+    };
+    let arrive = Box::pin(arrive(tcp, &mut caller, &shared, seat.is_some()));
     let arrival = tokio::select! {
         biased;
         arrival = timeout(within, arrive) => arrival,
         // Nobody who is still on the doorstep is worth waiting for.
         () = until(&shared, |state| state != Running::Serving) => return,
     };
+    // Whom the balancer before us has named, if there is one.
+    let peer = caller.address;
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
             let ended = tokio::select! {
@@ -62,6 +78,17 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
                 }
             }
             session.part().await;
+        }
+        Ok(Ok(Arrival::Replication(mut session))) => {
+            if let Err(error) = Box::pin(session.run(shared.running.clone())).await {
+                note(peer, &error, &shared);
+                if !session.is_mid_message() {
+                    farewell(&mut session.client, &error).await;
+                }
+            }
+            if timeout(FAREWELL_MAX, session.part()).await.is_err() {
+                debug!(%peer, "client of a replication connection did not take all there was");
+            }
         }
         Ok(Ok(Arrival::Console(mut client))) => {
             let ended = tokio::select! {
@@ -95,8 +122,17 @@ async fn until(shared: &Shared, reached: impl Fn(Running) -> bool) {
     drop(running.wait_for(|state| reached(*state)).await);
 }
 
+/// Who is on the doorstep, as far as is known.
+struct Caller {
+    address: SocketAddr,
+    entrance: Arc<Entrance>,
+    /// Encrypted: what a login may be bound to.
+    end_point: Option<Arc<[u8]>>,
+}
+
 enum Arrival {
     Session(Box<Session>),
+    Replication(Box<ReplicationSession>),
     Console(Stream),
     /// A cancel request, or somebody who just looked in.
     Nothing,
@@ -108,8 +144,13 @@ struct Refusal {
     error: SessionError,
 }
 
-async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Arrival, Refusal> {
-    let mut client = match greet(tcp, shared).await {
+async fn arrive(
+    tcp: TcpStream,
+    caller: &mut Caller,
+    shared: &Arc<Shared>,
+    seated: bool,
+) -> Result<Arrival, Refusal> {
+    let mut client = match greet(tcp, caller).await {
         Ok(client) => client,
         Err(error) => {
             return Err(Refusal {
@@ -118,9 +159,14 @@ async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Ar
             });
         }
     };
-    match introduce(&mut client, shared, seated).await {
+    match introduce(&mut client, caller, shared, seated).await {
         Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
         Ok(Introduced::Console) => Ok(Arrival::Console(client)),
+        Ok(Introduced::Replication(server)) => {
+            let (server, key, place) = *server;
+            let session = ReplicationSession::new(client, server, key, place);
+            Ok(Arrival::Replication(Box::new(session)))
+        }
         Ok(Introduced::User(login)) => {
             let login = LoggedIn {
                 id: login.id,
@@ -143,11 +189,14 @@ async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Ar
     }
 }
 
-/// Direct TLS, or a stream on which the first packet is still to come.
-async fn greet(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> {
+/// Past a PROXY header: direct TLS, or a stream on which the first packet is still to come.
+async fn greet(mut tcp: TcpStream, caller: &mut Caller) -> Result<Stream, SessionError> {
+    if let Some(trusted) = &caller.entrance.balancers {
+        caller.address = proxy::client_behind(&mut tcp, caller.address, trusted).await?;
+    }
     let mut first = [0];
     if tcp.peek(&mut first).await? == 1 && first[0] == TLS_HANDSHAKE {
-        let stream = encrypt(tcp, shared).await?;
+        let stream = encrypt(tcp, caller).await?;
         let Transport::TlsServer(tls) = stream.transport() else {
             return Ok(stream);
         };
@@ -162,17 +211,19 @@ async fn greet(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> 
     Ok(Stream::new(Transport::Plain(tcp)))
 }
 
-async fn encrypt(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> {
-    let Some(acceptor) = &shared.tls else {
+async fn encrypt(tcp: TcpStream, caller: &mut Caller) -> Result<Stream, SessionError> {
+    let Some(certificate) = &caller.entrance.certificate else {
         return Err(SessionError::Tls(io::Error::other("TLS is not configured")));
     };
-    let tls = acceptor.accept(tcp).await.map_err(SessionError::Tls)?;
+    let tls = certificate.accept(tcp).await.map_err(SessionError::Tls)?;
+    caller.end_point.clone_from(&certificate.end_point);
     Ok(Stream::new(Transport::TlsServer(Box::new(tls))))
 }
 
 enum Introduced {
     Nothing,
     Console,
+    Replication(Box<(ServerConn, CancelKey, Place)>),
     User(Box<User>),
 }
 
@@ -180,12 +231,13 @@ struct User {
     id: u64,
     opening: Arc<Opening>,
     application_name: String,
-    key: crate::cancel::CancelKey,
-    reported: crate::server::parameters::Reported,
+    key: CancelKey,
+    reported: Reported,
 }
 
 async fn introduce(
     client: &mut Stream,
+    caller: &mut Caller,
     shared: &Arc<Shared>,
     seated: bool,
 ) -> Result<Introduced, SessionError> {
@@ -194,11 +246,18 @@ async fn introduce(
             return Ok(Introduced::Nothing);
         };
         match packet {
-            Packet::SslRequest => answer_ssl(client, shared).await?,
+            Packet::SslRequest => answer_ssl(client, caller).await?,
             Packet::GssEncRequest => answer(client, b"N").await?,
-            Packet::Cancel { pid, secret } => {
+            Packet::Cancel {
+                pid,
+                secret,
+                forwarded,
+            } => {
                 shared.counters.cancels.inc();
-                shared.cancels.cancel(pid, &secret).await;
+                // An unknown key is ignored, as Postgres does, unless others may know it.
+                if !shared.cancels.cancel(pid, &secret).await && !forwarded {
+                    shared.peers.forward(pid, &secret).await;
+                }
                 return Ok(Introduced::Nothing);
             }
             Packet::Startup(startup) => break startup,
@@ -212,15 +271,29 @@ async fn introduce(
         return Err(refused("57P03", "the database system is shutting down"));
     }
     let encrypted = !matches!(client.transport(), Transport::Plain(_));
-    if shared.client_tls == ClientTls::Require && !encrypted {
+    if caller.entrance.tls == ClientTls::Require && !encrypted {
         return Err(refused("28000", "connection requires TLS"));
     }
     negotiate(client, &startup);
     let login = Login::read(&startup)?;
-    let credentials = match shared.auth {
-        AuthMethod::Trust => Credentials::None,
-        AuthMethod::Scram => auth::scram(client, &shared.verifiers, &login.opening.user).await?,
+    let credentials = authenticate(client, caller, shared, &login).await?;
+    let secret_len = if startup.minor >= 2 {
+        SECRET_LEN_3_2
+    } else {
+        SECRET_LEN
     };
+    if login.replication.is_some() {
+        let opened =
+            shared
+                .replications
+                .open(&login.opening, &login.application_name, &credentials);
+        let (server, place) = opened.await?;
+        let key = shared.cancels.issue(server.key.pid, secret_len)?;
+        put_welcome(client, &server.reported, &key);
+        client.flush().await?;
+        shared.counters.logins.inc();
+        return Ok(Introduced::Replication(Box::new((*server, key, place))));
+    }
     if login.opening.database == CONSOLE {
         put_authentication(&mut client.output, 0, &[]);
         console::put_greeting(&mut client.output);
@@ -248,18 +321,8 @@ async fn introduce(
         seen.reported
             .set("application_name", &login.application_name);
     }
-    let secret_len = if startup.minor >= 2 {
-        SECRET_LEN_3_2
-    } else {
-        SECRET_LEN
-    };
     let key = shared.cancels.issue(seen.pid, secret_len)?;
-    put_authentication(&mut client.output, 0, &[]);
-    for (name, value) in seen.reported.iter() {
-        put_parameter_status(&mut client.output, name, value);
-    }
-    put_backend_key(&mut client.output, key.pid, &key.secret);
-    put_ready(&mut client.output, TxStatus::Idle);
+    put_welcome(client, &seen.reported, &key);
     client.flush().await?;
     shared.counters.logins.inc();
     let (opening, application_name) = (login.opening, login.application_name);
@@ -272,10 +335,50 @@ async fn introduce(
     })))
 }
 
+/// Appends the end of a login, from AuthenticationOk to the first ReadyForQuery.
+fn put_welcome(client: &mut Stream, reported: &Reported, key: &CancelKey) {
+    put_authentication(&mut client.output, 0, &[]);
+    for (name, value) in reported.iter() {
+        put_parameter_status(&mut client.output, name, value);
+    }
+    put_backend_key(&mut client.output, key.pid, &key.secret);
+    put_ready(&mut client.output, TxStatus::Idle);
+}
+
+/// Whether this caller may come in as that user, proven as the access rules demand; and what logs in to Postgres then.
+async fn authenticate(
+    client: &mut Stream,
+    caller: &Caller,
+    shared: &Shared,
+    login: &Login,
+) -> Result<Credentials, SessionError> {
+    let user = &login.opening.user;
+    let visitor = Visitor {
+        address: caller.address.ip(),
+        user,
+        database: &login.opening.database,
+        replication: login.replication,
+        encrypted: !matches!(client.transport(), Transport::Plain(_)),
+    };
+    let refusal = match caller.entrance.judge(&visitor) {
+        Verdict::Trust => return Ok(Credentials::None),
+        Verdict::Scram => {
+            let end_point = caller.end_point.as_deref();
+            return auth::scram(client, &shared.verifiers, user, end_point).await;
+        }
+        Verdict::Cert(name) => return auth::certificate(client, &shared.verifiers, name, user),
+        Verdict::Rejected => access::rejected(&visitor),
+        Verdict::NoRule => access::no_rule(&visitor),
+    };
+    shared.counters.access_refused.inc();
+    Err(SessionError::Refused(Box::new(refusal)))
+}
+
 /// What a StartupMessage asks for.
 struct Login {
     opening: Arc<Opening>,
     application_name: String,
+    replication: Option<ReplicationMode>,
 }
 
 impl Login {
@@ -289,15 +392,9 @@ impl Login {
             .filter(|database| !database.is_empty())
             .unwrap_or(user);
         let application_name = startup.parameter("application_name").unwrap_or_default();
-        if !matches!(
-            startup.parameter("replication"),
-            None | Some("false" | "off" | "no" | "0")
-        ) {
-            return Err(refused(
-                "0A000",
-                "replication connections are not supported",
-            ));
-        }
+        let replication = startup
+            .parameter("replication")
+            .map_or(Ok(None), startup::replication)?;
         let ours = |name: &str| {
             matches!(
                 name,
@@ -310,6 +407,13 @@ impl Login {
             .filter(|(name, _)| !ours(name))
             .cloned()
             .collect();
+        if let Some(mode) = replication {
+            let word = match mode {
+                ReplicationMode::Physical => "true",
+                ReplicationMode::Logical => "database",
+            };
+            options.push(("replication".to_owned(), word.to_owned()));
+        }
         options.sort();
         let opening = Opening {
             user: user.to_owned(),
@@ -319,6 +423,7 @@ impl Login {
         Ok(Self {
             opening: Arc::new(opening),
             application_name: application_name.to_owned(),
+            replication,
         })
     }
 }
@@ -356,9 +461,9 @@ async fn next_packet(client: &mut Stream) -> Result<Option<Packet>, SessionError
     }
 }
 
-async fn answer_ssl(client: &mut Stream, shared: &Shared) -> Result<(), SessionError> {
+async fn answer_ssl(client: &mut Stream, caller: &mut Caller) -> Result<(), SessionError> {
     let plain = matches!(client.transport(), Transport::Plain(_));
-    if shared.tls.is_none() || !plain {
+    if caller.entrance.certificate.is_none() || !plain {
         return answer(client, b"N").await;
     }
     // What came before the handshake came unencrypted, from whomever. (CVE-2021-23214)
@@ -370,7 +475,7 @@ async fn answer_ssl(client: &mut Stream, shared: &Shared) -> Result<(), SessionE
     answer(client, b"S").await?;
     let placeholder = Stream::new(Transport::Gone);
     if let Transport::Plain(tcp) = std::mem::replace(client, placeholder).into_transport() {
-        *client = encrypt(tcp, shared).await?;
+        *client = encrypt(tcp, caller).await?;
     }
     Ok(())
 }
@@ -390,6 +495,11 @@ fn note(peer: SocketAddr, error: &SessionError, shared: &Shared) {
         SessionError::Frame(_) | SessionError::Startup(_) | SessionError::Protocol(_)
     ) {
         shared.counters.protocol_errors.inc();
+    }
+    match error {
+        SessionError::Proxy(ProxyError::Untrusted) => shared.counters.proxy_untrusted.inc(),
+        SessionError::Proxy(ProxyError::Malformed(_)) => shared.counters.proxy_malformed.inc(),
+        _ => {}
     }
     match error {
         SessionError::RefusedByServer(_) => debug!(%peer, %error, "login refused"),

@@ -149,7 +149,7 @@ fn read_users(path: &Path) -> Result<HashMap<String, Secret>, VerifierError> {
     Ok(users)
 }
 
-fn read_line(line: &str) -> Option<(String, String)> {
+pub(crate) fn read_line(line: &str) -> Option<(String, String)> {
     let mut rest = line;
     let mut next = || -> Option<String> {
         rest = rest.trim_start().strip_prefix('"')?;

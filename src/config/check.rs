@@ -12,9 +12,10 @@ use std::time::Duration;
 use super::layers::{Layers, Source};
 use super::raw::{self, Span};
 use super::{
-    ApiKey, Auth, AuthMethod, Cache, ClientTls, Config, ConfigError, ConnectUrl, Consistency,
-    Events, Flags, Http, Listen, Maintenance, Poll, Pool, PoolMode, Problem, Reads, Route, Secret,
-    Shed, Wake,
+    AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
+    ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, DatabaseName, Events, Flags,
+    Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol, Reads,
+    Replication, Route, Secret, Shed, Wake,
 };
 
 const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
@@ -24,6 +25,8 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
+/// Every unknown cancel key may be asked of each.
+const PEERS_MAX: usize = 64;
 /// RFC 7518, 3.2: an HS256 key has at least as many bits as the hash.
 const JWT_SECRET_BYTES_MIN: usize = 32;
 
@@ -76,7 +79,21 @@ impl Check {
             .filter_map(|(index, one)| self.upstream(&format!("replica[{index}].url"), one))
             .collect();
         let auth = self.auth(raw.auth, &listen);
+        let access = raw.access.into_iter().enumerate();
+        let access = access
+            .map(|(index, rule)| self.access(index, rule, &listen, &auth))
+            .collect();
         let pool = self.pool(raw.pool);
+        let most = self.number(
+            "replication.max_connections",
+            raw.replication.max_connections,
+            10,
+            0..=10_000,
+        );
+        let replication = Replication {
+            max_connections: usize::try_from(most).unwrap_or(usize::MAX),
+        };
+        let cluster = self.cluster(raw.cluster);
         let route = self.route(raw.route);
         let cache = self.cache(raw.cache);
         let poll = Poll {
@@ -107,7 +124,10 @@ impl Check {
             primary,
             replicas,
             auth,
+            access,
             pool,
+            replication,
+            cluster,
             route,
             cache,
             poll,
@@ -175,6 +195,21 @@ impl Check {
                 tls = ClientTls::Off;
             }
         }
+        let words = [
+            ("off", ProxyProtocol::Off),
+            ("require", ProxyProtocol::Require),
+        ];
+        let proxy_protocol = self.word("listen.proxy_protocol", raw.proxy_protocol, &words);
+        let proxy_protocol_from = self.ranges(
+            "listen.proxy_protocol_from",
+            raw.proxy_protocol_from.unwrap_or_default(),
+        );
+        if proxy_protocol == ProxyProtocol::Require && proxy_protocol_from.is_empty() {
+            self.problem(
+                "listen.proxy_protocol_from",
+                "is empty; name the balancers whose PROXY headers are believed, as in [\"10.0.0.0/8\"]",
+            );
+        }
         Listen {
             postgres,
             http,
@@ -182,6 +217,8 @@ impl Check {
             tls_cert,
             tls_key,
             tls_client_ca,
+            proxy_protocol,
+            proxy_protocol_from,
             threads: self.count("listen.threads", raw.threads, 1, 1..=256),
             login_timeout: self.span(
                 "listen.login_timeout",
@@ -220,11 +257,17 @@ impl Check {
                 return None;
             }
         };
-        if let Some(root) = url.ssl_root_cert.as_deref().filter(|root| !root.is_file()) {
-            self.problem(
-                key_path,
-                format!("has sslrootcert {}, which is not a file", root.display()),
-            );
+        for (name, path) in [
+            ("sslrootcert", &url.ssl_root_cert),
+            ("sslcert", &url.ssl_cert),
+            ("sslkey", &url.ssl_key),
+        ] {
+            if let Some(path) = path.as_deref().filter(|path| !path.is_file()) {
+                self.problem(
+                    key_path,
+                    format!("has {name} {}, which is not a file", path.display()),
+                );
+            }
         }
         Some(url)
     }
@@ -258,6 +301,160 @@ impl Check {
             users_file: self.file("auth.users_file", raw.users_file),
             query,
             allow_trust_anywhere,
+        }
+    }
+
+    fn access(
+        &mut self,
+        index: usize,
+        raw: raw::Access,
+        listen: &Listen,
+        auth: &Auth,
+    ) -> AccessRule {
+        let path = |key: &str| format!("access[{index}].{key}");
+        let database = self.names(&path("database"), raw.database);
+        let database = database
+            .into_iter()
+            .map(|name| match name.as_str() {
+                "all" => DatabaseName::All,
+                "sameuser" => DatabaseName::SameUser,
+                "replication" => DatabaseName::Replication,
+                _ => DatabaseName::Named(name),
+            })
+            .collect();
+        let user = self.names(&path("user"), raw.user);
+        let user = if user.iter().any(|name| name == "all") {
+            Names::All
+        } else {
+            Names::Only(user)
+        };
+        let address = match listed(raw.address) {
+            None => Addresses::All,
+            Some(list) if list.iter().any(|text| text == "all") => Addresses::All,
+            Some(list) if list.is_empty() => {
+                self.problem(&path("address"), "is empty, so the rule matches nobody");
+                Addresses::All
+            }
+            Some(list) => Addresses::Only(self.ranges(&path("address"), list)),
+        };
+        let methods = [
+            ("scram", AccessMethod::Scram),
+            ("trust", AccessMethod::Trust),
+            ("cert", AccessMethod::Cert),
+            ("reject", AccessMethod::Reject),
+        ];
+        let method = self.word(&path("method"), raw.method, &methods);
+        let words = [("any", AccessTls::Any), ("require", AccessTls::Require)];
+        let tls = self.word(&path("tls"), raw.tls, &words);
+        let cert_name = said(raw.cert_name);
+
+        let trusts_others = match &address {
+            Addresses::All => !listen.postgres.ip().is_loopback(),
+            Addresses::Only(list) => !list.iter().all(|range| range.is_loopback()),
+        };
+        if method == AccessMethod::Trust && trusts_others && !auth.allow_trust_anywhere {
+            self.problem(
+                &path("method"),
+                "\"trust\" would let in whoever comes from there; name addresses of this machine, use \"scram\" \
+                 or \"cert\", or set auth.allow_trust_anywhere = true",
+            );
+        }
+        if method == AccessMethod::Cert && listen.tls_client_ca.is_none() {
+            self.problem(
+                &path("method"),
+                "is \"cert\", but there is no listen.tls_client_ca",
+            );
+        }
+        if method != AccessMethod::Cert && cert_name.is_some() {
+            self.problem(
+                &path("cert_name"),
+                "needs method = \"cert\" in the same rule",
+            );
+        }
+        if tls == AccessTls::Require && listen.tls == ClientTls::Off {
+            self.problem(
+                &path("tls"),
+                "is \"require\", but there is no TLS towards clients (listen.tls, tls_cert, tls_key)",
+            );
+        }
+        AccessRule {
+            database,
+            user,
+            address,
+            method,
+            tls,
+            cert_name,
+        }
+    }
+
+    /// Names of a rule; nothing said is everybody.
+    fn names(&mut self, key_path: &str, raw: Option<raw::OneOrMore>) -> Vec<String> {
+        let Some(list) = listed(raw) else {
+            return vec!["all".to_owned()];
+        };
+        if list.is_empty() {
+            self.problem(key_path, "is empty, so the rule matches nobody");
+        }
+        // What pg_hba.conf reads as a group, a file or a pattern would here be a name nobody has.
+        let special = |name: &&String| name.starts_with(['+', '@', '/']) || name.is_empty();
+        for name in list.iter().filter(special) {
+            self.problem(
+                key_path,
+                format!("`{name}` is no name; groups, files and patterns are not understood"),
+            );
+        }
+        list
+    }
+
+    fn ranges(&mut self, key_path: &str, list: Vec<String>) -> Vec<Cidr> {
+        let mut ranges = Vec::new();
+        for text in list {
+            match text.parse() {
+                Ok(range) => ranges.push(range),
+                Err(error) => self.problem(key_path, format!("`{text}` {error}")),
+            }
+        }
+        ranges
+    }
+
+    fn cluster(&mut self, raw: raw::Cluster) -> Cluster {
+        let peers = raw.peers.unwrap_or_default();
+        let address = said(raw.address);
+        for (key_path, place) in peers
+            .iter()
+            .map(|peer| ("cluster.peers", peer))
+            .chain(address.iter().map(|address| ("cluster.address", address)))
+        {
+            if !is_host_and_port(place) {
+                self.problem(
+                    key_path,
+                    format!("`{place}` must be a host and a port, as in \"flowgate-2:6432\""),
+                );
+            }
+        }
+        if let Some(twice) = peers
+            .iter()
+            .enumerate()
+            .find_map(|(index, peer)| peers[..index].contains(peer).then_some(peer))
+        {
+            self.problem("cluster.peers", format!("names `{twice}` twice"));
+        }
+        if let Some(address) = address.as_ref().filter(|address| peers.contains(address)) {
+            self.problem(
+                "cluster.peers",
+                format!("names `{address}`, which is cluster.address, ourselves"),
+            );
+        }
+        if peers.len() > PEERS_MAX {
+            self.problem(
+                "cluster.peers",
+                format!("names {}, {PEERS_MAX} at most", peers.len()),
+            );
+        }
+        Cluster {
+            address,
+            peers,
+            forwards_max: self.count("cluster.forwards_max", raw.forwards_max, 64, 1..=10_000),
         }
     }
 
@@ -574,6 +771,24 @@ impl Check {
             source,
         });
     }
+}
+
+/// Both spellings of a list.
+fn listed(raw: Option<raw::OneOrMore>) -> Option<Vec<String>> {
+    raw.map(|raw| match raw {
+        raw::OneOrMore::One(text) => vec![text],
+        raw::OneOrMore::More(list) => list,
+    })
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        let bracketed = host.starts_with('[') && host.ends_with(']');
+        !host.is_empty()
+            && (bracketed || !host.contains(':'))
+            && !host.contains(char::is_whitespace)
+            && port.parse::<u16>().is_ok_and(|port| port != 0)
+    })
 }
 
 /// For a key without a default, an empty string says nothing.

@@ -143,15 +143,12 @@ impl Layers {
                 .unwrap_or_else(|| Value::Table(Table::new()));
             let here = source(section.span().start);
             let (tables, lines) = match (name, value, spanned.get_ref()) {
-                ("replica", Value::Array(bodies), DeValue::Array(lines)) => {
+                (list, Value::Array(bodies), DeValue::Array(lines)) if is_list(list) => {
                     (bodies, lines.iter().collect())
                 }
-                ("replica", Value::Table(_), _) => {
-                    self.problem(
-                        "replica",
-                        "is a list: write [[replica]], once for each",
-                        here,
-                    );
+                (list, Value::Table(_), _) if is_list(list) => {
+                    let words = format!("is a list: write [[{list}]], once for each");
+                    self.problem(list, &words, here);
                     continue;
                 }
                 (_, body, _) => (vec![body], vec![spanned]),
@@ -165,8 +162,8 @@ impl Layers {
                 continue;
             }
             for (index, (body, lines)) in tables.into_iter().zip(lines).enumerate() {
-                let place = if name == "replica" {
-                    format!("replica[{index}]")
+                let place = if is_list(name) {
+                    format!("{name}[{index}]")
                 } else {
                     name.to_owned()
                 };
@@ -174,8 +171,8 @@ impl Layers {
                     self.problem(&place, "is a section, not a value", here.clone());
                     continue;
                 };
-                if name == "replica" {
-                    self.append_replica();
+                if is_list(name) {
+                    self.append(name);
                 }
                 for (key, value) in body {
                     let line = lines
@@ -218,6 +215,9 @@ impl Layers {
             let source = Source::Env(name.clone());
             if (section, key) == ("replica", "url") {
                 self.replicas(text.split_whitespace(), &source);
+            } else if section == "access" {
+                let words = "is a list in order, which variables cannot say: write it in the file";
+                self.problem(section, words, source);
             } else {
                 self.set(section, key, readings(&text), source, section);
             }
@@ -287,7 +287,7 @@ impl Layers {
                         .table
                         .entry(section)
                         .or_insert_with(|| Value::Table(Table::new()));
-                    // Of `replica`, the one appended last.
+                    // Of a list, the one appended last.
                     let last = if let Value::Array(list) = section {
                         list.last_mut()
                     } else {
@@ -312,7 +312,7 @@ impl Layers {
         self.table.remove("replica");
         self.sources.retain(|path, _| !path.starts_with("replica["));
         for (index, url) in urls.enumerate() {
-            self.append_replica();
+            self.append("replica");
             self.set(
                 "replica",
                 "url",
@@ -323,10 +323,10 @@ impl Layers {
         }
     }
 
-    fn append_replica(&mut self) {
+    fn append(&mut self, list: &str) {
         let list = self
             .table
-            .entry("replica")
+            .entry(list)
             .or_insert_with(|| Value::Array(Vec::new()));
         list.as_array_mut()
             .expect("only a list is put here")
@@ -390,7 +390,7 @@ fn readings(text: &str) -> Vec<Value> {
 
 fn accepted(section: &str, body: &Table) -> Result<(), String> {
     let body = Value::Table(body.clone());
-    let body = if section == "replica" {
+    let body = if is_list(section) {
         Value::Array(vec![body])
     } else {
         body
@@ -400,6 +400,10 @@ fn accepted(section: &str, body: &Table) -> Result<(), String> {
         Ok(_file) => Ok(()),
         Err(error) => Err(in_our_words(error.message())),
     }
+}
+
+fn is_list(section: &str) -> bool {
+    raw::LISTS.contains(&section)
 }
 
 /// `invalid type: string "x", expected i64` → `must be an integer, not string "x"`.

@@ -2,6 +2,7 @@
 //! `check.rs`; after them nobody validates. Knows nothing of sockets. Built by `commands/`, read by all.
 
 mod check;
+mod cidr;
 mod layers;
 mod raw;
 #[cfg(test)]
@@ -15,9 +16,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use self::check::from_sources;
+pub use self::cidr::Cidr;
 pub use self::layers::{ConfigError, Flags, Problem, Source, environment};
 // `self::`: the crate of that name is in scope too.
-pub use self::url::{ConnectUrl, ConnectUrlError, SslMode};
+pub use self::url::{ChannelBinding, ConnectUrl, ConnectUrlError, SslMode, SslNegotiation};
 
 /// Everything an operator can say, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +28,11 @@ pub struct Config {
     pub primary: ConnectUrl,
     pub replicas: Vec<ConnectUrl>,
     pub auth: Auth,
+    /// First match wins, no match is refused. Empty: `auth.method` for everybody.
+    pub access: Vec<AccessRule>,
     pub pool: Pool,
+    pub replication: Replication,
+    pub cluster: Cluster,
     pub route: Route,
     pub cache: Cache,
     pub poll: Poll,
@@ -49,6 +55,9 @@ pub struct Listen {
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
     pub tls_client_ca: Option<PathBuf>,
+    pub proxy_protocol: ProxyProtocol,
+    /// Who may say, by PROXY header, whom it speaks for.
+    pub proxy_protocol_from: Vec<Cidr>,
     /// Data-plane threads, each a whole runtime with its own acceptor.
     pub threads: NonZeroUsize,
     /// From accept to ReadyForQuery of the login.
@@ -62,6 +71,14 @@ pub struct Listen {
 pub enum ClientTls {
     Off,
     Allow,
+    Require,
+}
+
+/// `listen.proxy_protocol`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    Off,
+    /// Every connection begins with a header, version 1 or 2.
     Require,
 }
 
@@ -80,6 +97,80 @@ pub struct Auth {
 pub enum AuthMethod {
     Scram,
     Trust,
+}
+
+/// One `[[access]]`, a line of pg_hba.conf in other words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AccessRule {
+    pub database: Vec<DatabaseName>,
+    pub user: Names,
+    pub address: Addresses,
+    pub method: AccessMethod,
+    pub tls: AccessTls,
+    /// `cert`: the common name the client's certificate must have. `None`: the user's name.
+    pub cert_name: Option<String>,
+}
+
+/// What `access.database` may name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DatabaseName {
+    /// Every database; physical replication is none.
+    All,
+    /// The one named like the user.
+    SameUser,
+    /// Physical replication, whatever database it names.
+    Replication,
+    Named(String),
+}
+
+/// `access.user`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Names {
+    All,
+    Only(Vec<String>),
+}
+
+/// `access.address`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Addresses {
+    All,
+    Only(Vec<Cidr>),
+}
+
+/// `access.method`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessMethod {
+    Scram,
+    Trust,
+    /// A client certificate by one of `listen.tls_client_ca`.
+    Cert,
+    Reject,
+}
+
+/// `access.tls`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessTls {
+    Any,
+    /// The rule is for encrypted connections only.
+    Require,
+}
+
+/// `[replication]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replication {
+    /// Replication connections at once, each with a server of its own outside the pools. 0: none at all.
+    pub max_connections: usize,
+}
+
+/// `[cluster]`: other Flowgates behind the same balancer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cluster {
+    /// Ours, as the others' `peers` spell it.
+    pub address: Option<String>,
+    /// `host:port` of each.
+    pub peers: Vec<String>,
+    /// Cancel requests on their way to peers at once.
+    pub forwards_max: NonZeroUsize,
 }
 
 /// `[pool]`

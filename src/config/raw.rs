@@ -8,6 +8,9 @@ use std::fmt;
 use serde::de;
 use serde::{Deserialize, Deserializer, Serialize};
 
+/// Sections written in double brackets, once for each.
+pub(super) const LISTS: [&str; 2] = ["replica", "access"];
+
 /// The whole file. `Serialize` is there for `key_paths`: the structs themselves are the list of valid keys.
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -16,7 +19,10 @@ pub(super) struct File {
     pub(super) primary: Upstream,
     pub(super) replica: Vec<Upstream>,
     pub(super) auth: Auth,
+    pub(super) access: Vec<Access>,
     pub(super) pool: Pool,
+    pub(super) replication: Replication,
+    pub(super) cluster: Cluster,
     pub(super) route: Route,
     pub(super) cache: Cache,
     pub(super) poll: Poll,
@@ -36,6 +42,8 @@ pub(super) struct Listen {
     pub(super) tls_cert: Option<String>,
     pub(super) tls_key: Option<String>,
     pub(super) tls_client_ca: Option<String>,
+    pub(super) proxy_protocol: Option<String>,
+    pub(super) proxy_protocol_from: Option<Vec<String>>,
     pub(super) threads: Option<i64>,
     pub(super) login_timeout: Option<Span>,
     pub(super) drain_timeout: Option<Span>,
@@ -55,6 +63,32 @@ pub(super) struct Auth {
     pub(super) users_file: Option<String>,
     pub(super) query: Option<String>,
     pub(super) allow_trust_anywhere: Option<bool>,
+}
+
+/// Each `[[access]]`.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Access {
+    pub(super) database: Option<OneOrMore>,
+    pub(super) user: Option<OneOrMore>,
+    pub(super) address: Option<OneOrMore>,
+    pub(super) method: Option<String>,
+    pub(super) tls: Option<String>,
+    pub(super) cert_name: Option<String>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Replication {
+    pub(super) max_connections: Option<i64>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Cluster {
+    pub(super) address: Option<String>,
+    pub(super) peers: Option<Vec<String>>,
+    pub(super) forwards_max: Option<i64>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -163,10 +197,45 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
-/// Every valid key, as `section.key`; `replica.url` stands for each replica's.
+/// `"all"` or `["one", "two"]`.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(super) enum OneOrMore {
+    One(String),
+    More(Vec<String>),
+}
+
+impl<'de> Deserialize<'de> for OneOrMore {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Texts;
+        impl<'de> de::Visitor<'de> for Texts {
+            type Value = OneOrMore;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string in quotes, or an array of them")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<OneOrMore, E> {
+                Ok(OneOrMore::One(text.to_owned()))
+            }
+
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<OneOrMore, A::Error> {
+                let mut texts = Vec::new();
+                while let Some(text) = list.next_element()? {
+                    texts.push(text);
+                }
+                Ok(OneOrMore::More(texts))
+            }
+        }
+        deserializer.deserialize_any(Texts)
+    }
+}
+
+/// Every valid key, as `section.key`; `replica.url` stands for each replica's, `access.…` for each rule's.
 pub(super) fn key_paths() -> BTreeSet<String> {
     let file = File {
         replica: vec![Upstream::default()],
+        access: vec![Access::default()],
         ..File::default()
     };
     let file = serde_json::to_value(file).expect("options and strings serialize");

@@ -67,7 +67,10 @@ fn the_example_file_says_what_the_code_does_when_nothing_is_said() {
         replicas: vec![REPLICA.into()],
         ..Flags::default()
     };
-    let defaults = from_sources(None, std::iter::empty(), flags).unwrap();
+    let mut defaults = from_sources(None, std::iter::empty(), flags).unwrap();
+    // There is no rule by default; the example's says nothing but what a rule is without a word.
+    defaults.access = accept("[[access]]").access;
+    assert_eq!(defaults.access.len(), 1);
     assert_eq!(read(&uncommented(), &[], Flags::default()), Ok(defaults));
 }
 
@@ -100,9 +103,12 @@ fn every_value_said_arrives() {
     let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
     let config = accept(&format!(
         r#"
-        listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", tls = "require", tls_cert = "{here}", tls_key = "{here}", tls_client_ca = "{here}", threads = 3, login_timeout = "1s", drain_timeout = "0s" }}
+        listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", tls = "require", tls_cert = "{here}", tls_key = "{here}", tls_client_ca = "{here}", proxy_protocol = "require", proxy_protocol_from = ["10.0.0.0/8"], threads = 3, login_timeout = "1s", drain_timeout = "0s" }}
         replica = [{{ url = "postgres://a" }}, {{ url = "postgres://b" }}]
         auth = {{ method = "trust", users_file = "{here}", query = "select $1", allow_trust_anywhere = true }}
+        access = [{{ database = ["a", "sameuser"], user = "u", address = ["::1", "10.0.0.0/8"], method = "cert", tls = "require", cert_name = "c" }}, {{ method = "reject" }}]
+        replication = {{ max_connections = 0 }}
+        cluster = {{ address = "me:1", peers = ["you:2", "[::1]:3"], forwards_max = 4 }}
         pool = {{ mode = "session", size = 4, max_clients = 5, checkout_timeout = "6ms0", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h" }}
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
@@ -123,6 +129,8 @@ fn every_value_said_arrives() {
             tls_cert: here.clone(),
             tls_key: here.clone(),
             tls_client_ca: here.clone(),
+            proxy_protocol: ProxyProtocol::Require,
+            proxy_protocol_from: vec!["10.0.0.0/8".parse().unwrap()],
             threads: NonZeroUsize::new(3).unwrap(),
             login_timeout: secs(1),
             drain_timeout: Duration::ZERO,
@@ -137,6 +145,33 @@ fn every_value_said_arrives() {
             users_file: here.clone(),
             query: "select $1".into(),
             allow_trust_anywhere: true,
+        },
+        access: vec![
+            AccessRule {
+                database: vec![DatabaseName::Named("a".into()), DatabaseName::SameUser],
+                user: Names::Only(vec!["u".into()]),
+                address: Addresses::Only(vec![
+                    "::1".parse().unwrap(),
+                    "10.0.0.0/8".parse().unwrap(),
+                ]),
+                method: AccessMethod::Cert,
+                tls: AccessTls::Require,
+                cert_name: Some("c".into()),
+            },
+            AccessRule {
+                database: vec![DatabaseName::All],
+                user: Names::All,
+                address: Addresses::All,
+                method: AccessMethod::Reject,
+                tls: AccessTls::Any,
+                cert_name: None,
+            },
+        ],
+        replication: Replication { max_connections: 0 },
+        cluster: Cluster {
+            address: Some("me:1".into()),
+            peers: vec!["you:2".into(), "[::1]:3".into()],
+            forwards_max: NonZeroUsize::new(4).unwrap(),
         },
         pool: Pool {
             mode: PoolMode::Session,
@@ -592,4 +627,89 @@ fn words_for_browsers_queries_and_logs_are_checked() {
         "[log]\nfilter = \"flowgate=debug\"",
         "log.filter: needs one general level, as in \"info\" or \"info,flowgate::pool=debug\" (f.toml:2)",
     );
+}
+
+#[test]
+fn an_access_rule_is_held_to_what_can_be_kept() {
+    check(
+        "[access]\nuser = \"a\"",
+        "access: is a list: write [[access]], once for each (f.toml:1)",
+    );
+    check(
+        "[[access]]\nusr = \"a\"",
+        "access[0].usr: unknown key; did you mean `access.user`? (f.toml:2)",
+    );
+    check(
+        "[[access]]\nuser = 5",
+        "access[0].user: must be a string in quotes, or an array of them, not integer `5` (f.toml:2)",
+    );
+    check(
+        "[[access]]\n[[access]]\nuser = [\"a\", \"+staff\"]",
+        "access[1].user: `+staff` is no name; groups, files and patterns are not understood (f.toml:3)",
+    );
+    check(
+        "[[access]]\ndatabase = []",
+        "access[0].database: is empty, so the rule matches nobody (f.toml:2)",
+    );
+    check(
+        "[[access]]\naddress = \"10.0.0.0/99\"",
+        "access[0].address: `10.0.0.0/99` is no address; write \"10.0.0.0/8\", \"192.0.2.7\" or \"::1\" (f.toml:2)",
+    );
+    check(
+        "[[access]]\nmethod = \"md5\"",
+        "access[0].method: must be one of \"scram\", \"trust\", \"cert\", \"reject\", not \"md5\" (f.toml:2)",
+    );
+    check(
+        "[[access]]\nmethod = \"cert\"",
+        "access[0].method: is \"cert\", but there is no listen.tls_client_ca (f.toml:2)",
+    );
+    check(
+        "[[access]]\ntls = \"require\"",
+        "access[0].tls: is \"require\", but there is no TLS towards clients (listen.tls, tls_cert, tls_key) (f.toml:2)",
+    );
+    check(
+        "[[access]]\ncert_name = \"x\"",
+        "access[0].cert_name: needs method = \"cert\" in the same rule (f.toml:2)",
+    );
+    check(
+        "[[access]]\naddress = \"10.0.0.0/8\"\nmethod = \"trust\"",
+        "access[0].method: \"trust\" would let in whoever comes from there; name addresses of this machine, use \"scram\" or \"cert\", or set auth.allow_trust_anywhere = true (f.toml:3)",
+    );
+    accept("[[access]]\nmethod = \"trust\"");
+    accept(
+        "[[access]]\naddress = [\"127.0.0.0/8\", \"::1\"]\nmethod = \"trust\"\n[listen]\npostgres = \"0.0.0.0:1\"",
+    );
+    assert_eq!(
+        refuse(
+            &with_primary(""),
+            &[("FLOWGATE_ACCESS__USER", "a")],
+            Flags::default()
+        ),
+        [
+            "access: is a list in order, which variables cannot say: write it in the file (FLOWGATE_ACCESS__USER)"
+        ]
+    );
+}
+
+#[test]
+fn proxies_before_and_beside_us_are_named_in_full() {
+    check(
+        "[listen]\nproxy_protocol = \"require\"",
+        "listen.proxy_protocol_from: is empty; name the balancers whose PROXY headers are believed, as in [\"10.0.0.0/8\"]",
+    );
+    check(
+        "[cluster]\npeers = [\"here\"]",
+        "cluster.peers: `here` must be a host and a port, as in \"flowgate-2:6432\" (f.toml:2)",
+    );
+    check(
+        "[cluster]\npeers = [\"a:1\", \"a:1\"]",
+        "cluster.peers: names `a:1` twice (f.toml:2)",
+    );
+    check(
+        "[cluster]\naddress = \"a:1\"\npeers = [\"a:1\"]",
+        "cluster.peers: names `a:1`, which is cluster.address, ourselves (f.toml:3)",
+    );
+    let env = [("FLOWGATE_CLUSTER__PEERS", "a:1, b:2")];
+    let config = read(&with_primary(""), &env, Flags::default()).unwrap();
+    assert_eq!(config.cluster.peers, ["a:1", "b:2"]);
 }

@@ -32,17 +32,41 @@ pub struct ConnectUrl {
     pub database: String,
     pub sslmode: SslMode,
     pub ssl_root_cert: Option<PathBuf>,
+    /// Our certificate and its key, for servers that ask for one; both or neither.
+    pub ssl_cert: Option<PathBuf>,
+    pub ssl_key: Option<PathBuf>,
+    pub ssl_negotiation: SslNegotiation,
+    pub channel_binding: ChannelBinding,
 }
 
-/// libpq's `sslmode`. Its `allow` (plain first, TLS if refused) is read as `prefer`: we never start weaker than we must.
+/// libpq's `sslmode`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SslMode {
     Disable,
+    /// Plain first, TLS if that is refused.
+    Allow,
     #[default]
     Prefer,
     Require,
     VerifyCa,
     VerifyFull,
+}
+
+/// libpq's `sslnegotiation`: ask by SSLRequest, or begin with the handshake (PostgreSQL 17 and later).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SslNegotiation {
+    #[default]
+    Postgres,
+    Direct,
+}
+
+/// libpq's `channel_binding`: whether SCRAM proves that both ends see the same TLS connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ChannelBinding {
+    Disable,
+    #[default]
+    Prefer,
+    Require,
 }
 
 /// What is wrong with a URL. None of them repeats the text, which may hold a password.
@@ -72,7 +96,19 @@ pub enum ConnectUrlError {
         "has sslmode `{0}`; it is one of disable, allow, prefer, require, verify-ca, verify-full"
     )]
     SslMode(String),
-    #[error("has a parameter `{0}`; only sslmode and sslrootcert are understood")]
+    #[error("has sslnegotiation `{0}`; it is postgres or direct")]
+    SslNegotiation(String),
+    #[error("has sslnegotiation direct, which needs sslmode require, verify-ca or verify-full")]
+    DirectWithoutTls,
+    #[error("has channel_binding `{0}`; it is disable, prefer or require")]
+    ChannelBinding(String),
+    #[error("has channel_binding require, which needs sslmode require, verify-ca or verify-full")]
+    BindingWithoutTls,
+    #[error("has only one of sslcert and sslkey; a certificate needs its key")]
+    HalfCertificate,
+    #[error(
+        "has a parameter `{0}`; only sslmode, sslrootcert, sslcert, sslkey, sslnegotiation and channel_binding are understood"
+    )]
     Parameter(String),
     #[error("says `{0}` twice")]
     Twice(&'static str),
@@ -98,7 +134,7 @@ impl ConnectUrl {
     pub fn conninfo(&self) -> String {
         let sslmode = match self.sslmode {
             SslMode::Disable => "disable",
-            SslMode::Prefer => "prefer",
+            SslMode::Allow | SslMode::Prefer => "prefer",
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => "require",
         };
         let mut text = format!("postgres://{}", escape(&self.user));
@@ -132,18 +168,32 @@ impl fmt::Display for ConnectUrl {
             self.addr(),
             escape(&self.database)
         )?;
-        let mut separator = '?';
+        let mut parameters = Vec::new();
         if self.sslmode != SslMode::default() {
-            write!(f, "{separator}sslmode={}", self.sslmode)?;
-            separator = '&';
+            parameters.push(format!("sslmode={}", self.sslmode));
         }
-        if let Some(path) = &self.ssl_root_cert {
-            let path = path.to_string_lossy();
-            write!(
-                f,
-                "{separator}sslrootcert={}",
-                utf8_percent_encode(&path, ESCAPED_PATH)
-            )?;
+        for (name, path) in [
+            ("sslrootcert", &self.ssl_root_cert),
+            ("sslcert", &self.ssl_cert),
+            ("sslkey", &self.ssl_key),
+        ] {
+            if let Some(path) = path {
+                let path = path.to_string_lossy();
+                let path = utf8_percent_encode(&path, ESCAPED_PATH);
+                parameters.push(format!("{name}={path}"));
+            }
+        }
+        match self.ssl_negotiation {
+            SslNegotiation::Postgres => {}
+            SslNegotiation::Direct => parameters.push("sslnegotiation=direct".to_owned()),
+        }
+        match self.channel_binding {
+            ChannelBinding::Disable => parameters.push("channel_binding=disable".to_owned()),
+            ChannelBinding::Prefer => {}
+            ChannelBinding::Require => parameters.push("channel_binding=require".to_owned()),
+        }
+        for (index, parameter) in parameters.iter().enumerate() {
+            write!(f, "{}{parameter}", if index == 0 { '?' } else { '&' })?;
         }
         Ok(())
     }
@@ -208,7 +258,30 @@ impl FromStr for ConnectUrl {
             path if path.contains('/') => return Err(ConnectUrlError::Path),
             path => decode("database", path)?,
         };
-        let (sslmode, ssl_root_cert) = parameters(&url)?;
+        let Parameters {
+            sslmode,
+            ssl_root_cert,
+            ssl_cert,
+            ssl_key,
+            ssl_negotiation,
+            channel_binding,
+        } = parameters(&url)?;
+        let sslmode = sslmode.unwrap_or_default();
+        let ssl_negotiation = ssl_negotiation.unwrap_or_default();
+        let channel_binding = channel_binding.unwrap_or_default();
+        let encrypted = match sslmode {
+            SslMode::Disable | SslMode::Allow | SslMode::Prefer => false,
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => true,
+        };
+        if ssl_negotiation == SslNegotiation::Direct && !encrypted {
+            return Err(ConnectUrlError::DirectWithoutTls);
+        }
+        if channel_binding == ChannelBinding::Require && !encrypted {
+            return Err(ConnectUrlError::BindingWithoutTls);
+        }
+        if ssl_cert.is_some() != ssl_key.is_some() {
+            return Err(ConnectUrlError::HalfCertificate);
+        }
 
         let password = password
             .filter(|password| !password.is_empty())
@@ -219,14 +292,29 @@ impl FromStr for ConnectUrl {
             user,
             password,
             database,
-            sslmode: sslmode.unwrap_or_default(),
+            sslmode,
             ssl_root_cert,
+            ssl_cert,
+            ssl_key,
+            ssl_negotiation,
+            channel_binding,
         })
     }
 }
 
-fn parameters(url: &::url::Url) -> Result<(Option<SslMode>, Option<PathBuf>), ConnectUrlError> {
-    let (mut sslmode, mut root) = (None, None);
+/// What stands behind the `?`.
+#[derive(Default)]
+struct Parameters {
+    sslmode: Option<SslMode>,
+    ssl_root_cert: Option<PathBuf>,
+    ssl_cert: Option<PathBuf>,
+    ssl_key: Option<PathBuf>,
+    ssl_negotiation: Option<SslNegotiation>,
+    channel_binding: Option<ChannelBinding>,
+}
+
+fn parameters(url: &::url::Url) -> Result<Parameters, ConnectUrlError> {
+    let mut said = Parameters::default();
     // Not `query_pairs`: libpq escapes with % only, there a `+` is a plus.
     for pair in url
         .query()
@@ -237,17 +325,38 @@ fn parameters(url: &::url::Url) -> Result<(Option<SslMode>, Option<PathBuf>), Co
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let value = decode("parameter", value)?;
         match name {
-            "sslmode" if sslmode.replace(value.parse()?).is_some() => {
-                return Err(ConnectUrlError::Twice("sslmode"));
+            "sslmode" => once("sslmode", &mut said.sslmode, value.parse()?)?,
+            "sslrootcert" => once("sslrootcert", &mut said.ssl_root_cert, value.into())?,
+            "sslcert" => once("sslcert", &mut said.ssl_cert, value.into())?,
+            "sslkey" => once("sslkey", &mut said.ssl_key, value.into())?,
+            "sslnegotiation" => {
+                let word = match value.as_str() {
+                    "postgres" => SslNegotiation::Postgres,
+                    "direct" => SslNegotiation::Direct,
+                    _ => return Err(ConnectUrlError::SslNegotiation(value)),
+                };
+                once("sslnegotiation", &mut said.ssl_negotiation, word)?;
             }
-            "sslrootcert" if root.replace(PathBuf::from(value)).is_some() => {
-                return Err(ConnectUrlError::Twice("sslrootcert"));
+            "channel_binding" => {
+                let word = match value.as_str() {
+                    "disable" => ChannelBinding::Disable,
+                    "prefer" => ChannelBinding::Prefer,
+                    "require" => ChannelBinding::Require,
+                    _ => return Err(ConnectUrlError::ChannelBinding(value)),
+                };
+                once("channel_binding", &mut said.channel_binding, word)?;
             }
-            "sslmode" | "sslrootcert" => {}
             other => return Err(ConnectUrlError::Parameter(other.to_owned())),
         }
     }
-    Ok((sslmode, root))
+    Ok(said)
+}
+
+fn once<T>(name: &'static str, slot: &mut Option<T>, value: T) -> Result<(), ConnectUrlError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_earlier) => Err(ConnectUrlError::Twice(name)),
+    }
 }
 
 fn decode(part: &'static str, text: &str) -> Result<String, ConnectUrlError> {
@@ -271,7 +380,8 @@ impl FromStr for SslMode {
     fn from_str(text: &str) -> Result<Self, ConnectUrlError> {
         match text {
             "disable" => Ok(Self::Disable),
-            "allow" | "prefer" => Ok(Self::Prefer),
+            "allow" => Ok(Self::Allow),
+            "prefer" => Ok(Self::Prefer),
             "require" => Ok(Self::Require),
             "verify-ca" => Ok(Self::VerifyCa),
             "verify-full" => Ok(Self::VerifyFull),
@@ -284,6 +394,7 @@ impl fmt::Display for SslMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Disable => "disable",
+            Self::Allow => "allow",
             Self::Prefer => "prefer",
             Self::Require => "require",
             Self::VerifyCa => "verify-ca",
@@ -329,8 +440,11 @@ mod tests {
         assert_eq!(parse("postgres://carol@db/").database, "carol");
         assert_eq!(parse("postgres://carol:@db").password, None);
         assert_eq!(
-            parse("postgres://db?sslmode=allow").sslmode,
-            SslMode::Prefer
+            (
+                parse("postgres://db").ssl_negotiation,
+                parse("postgres://db").channel_binding
+            ),
+            (SslNegotiation::Postgres, ChannelBinding::Prefer)
         );
     }
 
@@ -362,6 +476,9 @@ mod tests {
             "postgres://a%20b@h:1/c%2Fd",
             "postgres://u@[fe80::1]/é?sslmode=disable",
             "postgres://h?sslrootcert=/x",
+            "postgres://h?sslmode=allow",
+            "postgres://h?sslmode=verify-full&sslrootcert=/x&sslcert=/c&sslkey=/k&sslnegotiation=direct&channel_binding=require",
+            "postgres://h?channel_binding=disable",
         ] {
             let url = parse(text);
             assert_eq!(parse(&url.to_string()), url, "{text}");
@@ -435,6 +552,21 @@ mod tests {
             ("postgres://u:%ff@h/d", E::NotUtf8("password")),
             ("postgres://u%00@h/d", E::ZeroByte("user")),
             ("postgres://h/d?sslmode=on", E::SslMode("on".into())),
+            ("postgres://h/d?sslnegotiation=direct", E::DirectWithoutTls),
+            (
+                "postgres://h/d?sslmode=require&sslnegotiation=now",
+                E::SslNegotiation("now".into()),
+            ),
+            (
+                "postgres://h/d?channel_binding=require",
+                E::BindingWithoutTls,
+            ),
+            (
+                "postgres://h/d?channel_binding=on",
+                E::ChannelBinding("on".into()),
+            ),
+            ("postgres://h/d?sslcert=/c", E::HalfCertificate),
+            ("postgres://h/d?sslcert=/c&sslcert=/c", E::Twice("sslcert")),
             (
                 "postgres://h/d?application_name=x",
                 E::Parameter("application_name".into()),

@@ -1,14 +1,15 @@
-//! Logging in to Postgres as a client: SCRAM-SHA-256 by password or by recovered keys, MD5 and cleartext by password.
+//! Logging in to Postgres as a client: SCRAM-SHA-256 by password or by recovered keys, bound to the TLS connection where both can, MD5 and cleartext by password.
 //! (sasl-authentication.html, protocol-flow.html#PROTOCOL-FLOW-START-UP) Called by `connect.rs` once a login.
 
 use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::config::ConnectUrl;
+use crate::config::{ChannelBinding, ConnectUrl};
+use crate::wire::certificate::end_point;
 use crate::wire::frame;
 use crate::wire::messages::{put_cstr, put_frame};
-use crate::wire::scram::{self, ClientExchange, ScramKeys, Secret};
+use crate::wire::scram::{self, ClientBinding, ClientExchange, ScramKeys, Secret};
 use crate::wire::stream::Stream;
 
 /// What a pool may log in with.
@@ -31,6 +32,8 @@ pub(crate) enum AuthError {
     Scram,
     #[error("the server could not prove that it knows the password")]
     ServerSignature,
+    #[error("channel binding is required, and the server did not bind the login: {0}")]
+    NotBound(&'static str),
     #[error(transparent)]
     Io(#[from] std::io::Error),
 }
@@ -45,12 +48,31 @@ pub(crate) enum Step {
 }
 
 /// One login's state between Authentication frames.
-#[derive(Default)]
 pub(crate) struct Login {
     exchange: Option<(ClientExchange, String)>,
+    policy: ChannelBinding,
+    /// Encrypted, with a certificate that can be bound to: its hash.
+    end_point: Option<Vec<u8>>,
+    encrypted: bool,
+    /// The server has proven itself in a bound exchange.
+    bound: bool,
+    binds: bool,
 }
 
 impl Login {
+    /// A login over this stream.
+    pub(crate) fn new(stream: &Stream, policy: ChannelBinding) -> Self {
+        let shown = stream.transport().peer_certificate();
+        Self {
+            exchange: None,
+            policy,
+            end_point: shown.and_then(end_point),
+            encrypted: shown.is_some(),
+            bound: false,
+            binds: false,
+        }
+    }
+
     /// Answers one Authentication frame's body.
     pub(crate) async fn answer(
         &mut self,
@@ -63,7 +85,15 @@ impl Login {
         match u32::from_be_bytes(*code) {
             // An exchange once begun must end with the server's own proof.
             0 if self.exchange.is_some() => return Err(AuthError::ServerSignature),
+            0 if self.must_bind() && !self.bound => {
+                return Err(AuthError::NotBound("it asked for no proof"));
+            }
             0 => return Ok(Step::Done),
+            3 | 5 if self.must_bind() => {
+                return Err(AuthError::NotBound(
+                    "it asked for a plain or an MD5 password",
+                ));
+            }
             3 => {
                 let password = credentials.password("a cleartext password")?;
                 put_password(&mut stream.output, password.as_bytes());
@@ -97,6 +127,7 @@ impl Login {
                 if expected.is_empty() || rest != expected.as_bytes() {
                     return Err(AuthError::ServerSignature);
                 }
+                self.bound = self.binds;
             }
             unknown => return Err(AuthError::Unsupported(unknown)),
         }
@@ -110,24 +141,46 @@ impl Login {
         credentials: &Credentials,
         offered: &[u8],
     ) -> Result<(), AuthError> {
-        if !offered
-            .split(|&byte| byte == 0)
-            .any(|name| name == scram::MECHANISM.as_bytes())
-        {
-            return Err(AuthError::Unsupported(10));
-        }
+        let offers = |mechanism: &str| {
+            let mut names = offered.split(|&byte| byte == 0);
+            names.any(|name| name == mechanism.as_bytes())
+        };
+        let wanted = self.policy != ChannelBinding::Disable;
+        let (mechanism, channel) = match &self.end_point {
+            Some(hash) if wanted && offers(scram::MECHANISM_PLUS) => {
+                (scram::MECHANISM_PLUS, ClientBinding::Bound(hash))
+            }
+            _ if self.must_bind() => {
+                let why = if !self.encrypted {
+                    "the connection is not encrypted"
+                } else if self.end_point.is_none() {
+                    "its certificate's signature has no hash to bind to"
+                } else {
+                    "it does not offer SCRAM-SHA-256-PLUS"
+                };
+                return Err(AuthError::NotBound(why));
+            }
+            _ if !offers(scram::MECHANISM) => return Err(AuthError::Unsupported(10)),
+            Some(_) if wanted => (scram::MECHANISM, ClientBinding::NotOffered),
+            Some(_) | None => (scram::MECHANISM, ClientBinding::Unable),
+        };
         credentials.secret()?;
         let mut random = [0; 18];
         getrandom::fill(&mut random).map_err(std::io::Error::other)?;
-        let exchange = ClientExchange::start(scram::nonce(random));
+        let exchange = ClientExchange::start(scram::nonce(random), channel);
         let first = exchange.first();
         put_frame(&mut stream.output, b'p', |out| {
-            put_cstr(out, scram::MECHANISM.as_bytes());
+            put_cstr(out, mechanism.as_bytes());
             out.extend_from_slice(&u32::try_from(first.len()).unwrap_or(u32::MAX).to_be_bytes());
             out.extend_from_slice(first.as_bytes());
         });
+        self.binds = mechanism == scram::MECHANISM_PLUS;
         self.exchange = Some((exchange, String::new()));
         Ok(())
+    }
+
+    fn must_bind(&self) -> bool {
+        self.policy == ChannelBinding::Require
     }
 }
 

@@ -17,7 +17,7 @@ use super::conn::{ServerConn, ServerKey, Statements};
 use super::parameters::{Opening, Reported};
 use super::settings::Settings;
 use super::tls;
-use crate::config::{ConnectUrl, SslMode};
+use crate::config::{ChannelBinding, ConnectUrl, SslMode, SslNegotiation};
 use crate::wire::messages::{TxStatus, parameter_status, put_cstr};
 use crate::wire::stream::{Stream, Transport};
 
@@ -53,6 +53,8 @@ pub(crate) struct Connector {
     host: Arc<str>,
     port: u16,
     sslmode: SslMode,
+    negotiation: SslNegotiation,
+    channel_binding: ChannelBinding,
     tls: Option<Arc<ClientConfig>>,
     timeout: Duration,
 }
@@ -66,6 +68,8 @@ impl Connector {
             host: url.host.as_str().into(),
             port: url.port,
             sslmode: url.sslmode,
+            negotiation: url.ssl_negotiation,
+            channel_binding: url.channel_binding,
             tls,
             timeout,
         })
@@ -84,16 +88,45 @@ impl Connector {
             .unwrap_or(Err(ConnectError::TimedOut(self.timeout)))
     }
 
+    /// As libpq does, `allow` and `prefer` try the other way when the first is refused.
     async fn log_in(
         &self,
         opening: &Arc<Opening>,
         application_name: &str,
         credentials: &Credentials,
     ) -> Result<ServerConn, ConnectError> {
-        let mut stream = Stream::new(self.dial().await?);
+        let (first, second) = match self.sslmode {
+            SslMode::Disable => (Way::Plain, None),
+            SslMode::Allow => (Way::Plain, Some(Way::Tls)),
+            SslMode::Prefer => (Way::TlsIfOffered, Some(Way::Plain)),
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => (Way::Tls, None),
+        };
+        let tried = Box::pin(self.log_in_by(first, opening, application_name, credentials)).await;
+        match (tried, second) {
+            (Err(refused), Some(way)) if way.may_help(&refused) => {
+                let again =
+                    Box::pin(self.log_in_by(way, opening, application_name, credentials)).await;
+                // No TLS there at all: then what the server said first is the news.
+                again.map_err(|error| match error {
+                    ConnectError::Tls(_) => refused,
+                    other => other,
+                })
+            }
+            (tried, _) => tried,
+        }
+    }
+
+    async fn log_in_by(
+        &self,
+        way: Way,
+        opening: &Arc<Opening>,
+        application_name: &str,
+        credentials: &Credentials,
+    ) -> Result<ServerConn, ConnectError> {
+        let mut stream = Stream::new(self.dial(way).await?);
         put_startup(&mut stream.output, opening, application_name);
         stream.flush().await.map_err(ConnectError::Closed)?;
-        let mut login = Login::default();
+        let mut login = Login::new(&stream, self.channel_binding);
         loop {
             let (tag, body) = auth::next(&mut stream)
                 .await
@@ -164,7 +197,7 @@ impl Connector {
         })
     }
 
-    async fn dial(&self) -> Result<Transport, ConnectError> {
+    async fn dial(&self, way: Way) -> Result<Transport, ConnectError> {
         let address = (self.host.as_ref(), self.port);
         let mut tcp = TcpStream::connect(address)
             .await
@@ -177,29 +210,63 @@ impl Connector {
         socket
             .set_tcp_user_timeout(Some(SILENCE_MAX))
             .map_err(ConnectError::Unreachable)?;
-        let Some(config) = &self.tls else {
-            return Ok(Transport::Plain(tcp));
+        let config = match (&self.tls, way) {
+            (None, _) | (_, Way::Plain) => return Ok(Transport::Plain(tcp)),
+            (Some(config), Way::Tls | Way::TlsIfOffered) => Arc::clone(config),
         };
-        tcp.write_all(&[0, 0, 0, 8, 4, 210, 22, 47])
-            .await
-            .map_err(ConnectError::Closed)?;
-        // One byte and no more: what follows it before the handshake would be an attacker's. (CVE-2021-23222)
-        match tcp.read_u8().await.map_err(ConnectError::Closed)? {
-            b'S' => {
-                let name = ServerName::try_from(self.host.to_string())
-                    .map_err(|e| ConnectError::Tls(io::Error::other(e)))?;
-                let connector = tokio_rustls::TlsConnector::from(Arc::clone(config));
-                let tls = connector
-                    .connect(name, tcp)
+        match self.negotiation {
+            SslNegotiation::Postgres => {
+                tcp.write_all(&[0, 0, 0, 8, 4, 210, 22, 47])
                     .await
-                    .map_err(ConnectError::Tls)?;
-                Ok(Transport::TlsClient(Box::new(tls)))
+                    .map_err(ConnectError::Closed)?;
+                // One byte and no more: what follows it before the handshake would be an attacker's. (CVE-2021-23222)
+                match tcp.read_u8().await.map_err(ConnectError::Closed)? {
+                    b'S' => {}
+                    b'N' if way == Way::TlsIfOffered => return Ok(Transport::Plain(tcp)),
+                    b'N' => {
+                        return Err(ConnectError::Tls(io::Error::other(
+                            "the server does not support SSL, but SSL was required",
+                        )));
+                    }
+                    other => return Err(ConnectError::Protocol(char::from(other))),
+                }
             }
-            b'N' if self.sslmode == SslMode::Prefer => Ok(Transport::Plain(tcp)),
-            b'N' => Err(ConnectError::Tls(io::Error::other(
-                "the server does not support SSL, but SSL was required",
-            ))),
-            other => Err(ConnectError::Protocol(char::from(other))),
+            SslNegotiation::Direct => {}
+        }
+        let name = ServerName::try_from(self.host.to_string())
+            .map_err(|e| ConnectError::Tls(io::Error::other(e)))?;
+        let connector = tokio_rustls::TlsConnector::from(config);
+        let tls = connector
+            .connect(name, tcp)
+            .await
+            .map_err(ConnectError::Tls)?;
+        let agreed = tls.get_ref().1.alpn_protocol();
+        if self.negotiation == SslNegotiation::Direct && agreed != Some(tls::ALPN) {
+            return Err(ConnectError::Tls(io::Error::other(
+                "the server did not agree on ALPN protocol \"postgresql\", which direct TLS needs",
+            )));
+        }
+        Ok(Transport::TlsClient(Box::new(tls)))
+    }
+}
+
+/// One attempt's encryption.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Plain,
+    TlsIfOffered,
+    Tls,
+}
+
+impl Way {
+    /// Whether this way may be let in where another was refused so: by pg_hba.conf, or in the handshake.
+    fn may_help(self, refused: &ConnectError) -> bool {
+        match refused {
+            ConnectError::Refused(body) => {
+                crate::wire::error_response::field(body, b'C') == Some(b"28000")
+            }
+            ConnectError::Tls(_) => self == Self::Plain,
+            _ => false,
         }
     }
 }

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, Connection, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::tls;
-use crate::config::{ConnectUrl, SslMode};
+use crate::config::{ChannelBinding, ConnectUrl, SslMode, SslNegotiation};
 
 /// The socket half of a control connection; whoever dials drives it.
 pub(crate) type ControlConnection =
@@ -66,10 +66,20 @@ pub(crate) async fn dial(
         .tcp_user_timeout(Duration::from_secs(15))
         .ssl_mode(match url.sslmode {
             SslMode::Disable => tokio_postgres::config::SslMode::Disable,
-            SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
+            // No way back to plain there; where the server has TLS it is as good.
+            SslMode::Allow | SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => {
                 tokio_postgres::config::SslMode::Require
             }
+        })
+        .ssl_negotiation(match url.ssl_negotiation {
+            SslNegotiation::Postgres => tokio_postgres::config::SslNegotiation::Postgres,
+            SslNegotiation::Direct => tokio_postgres::config::SslNegotiation::Direct,
+        })
+        .channel_binding(match url.channel_binding {
+            ChannelBinding::Disable => tokio_postgres::config::ChannelBinding::Disable,
+            ChannelBinding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
+            ChannelBinding::Require => tokio_postgres::config::ChannelBinding::Require,
         });
     if let Some(password) = &url.password {
         config.password(password.expose());

@@ -1,22 +1,26 @@
 //! TLS towards Postgres, with libpq's `sslmode` words. (libpq-ssl.html, "Protection Provided in Different Modes")
 
+use std::path::Path;
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
 use crate::config::{ConnectUrl, SslMode};
+
+/// The protocol name, which direct TLS must agree on.
+pub(super) const ALPN: &[u8] = b"postgresql";
 
 /// The client configuration `url` asks for; for `sslmode=disable` one that is not used.
 pub(crate) fn client_config(url: &ConnectUrl) -> Result<ClientConfig, std::io::Error> {
     let check = match url.sslmode {
         // With a root file, libpq's `require` verifies the chain.
         SslMode::Require if url.ssl_root_cert.is_some() => Check::Authority,
-        SslMode::Disable | SslMode::Prefer | SslMode::Require => Check::Nothing,
+        SslMode::Disable | SslMode::Allow | SslMode::Prefer | SslMode::Require => Check::Nothing,
         SslMode::VerifyCa => Check::Authority,
         SslMode::VerifyFull => Check::AuthorityAndName,
     };
@@ -34,7 +38,7 @@ pub(crate) fn client_config(url: &ConnectUrl) -> Result<ClientConfig, std::io::E
     let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
         .build()
         .map_err(std::io::Error::other)?;
-    let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(std::io::Error::other)?
         .dangerous()
@@ -42,9 +46,25 @@ pub(crate) fn client_config(url: &ConnectUrl) -> Result<ClientConfig, std::io::E
             inner,
             check,
             provider,
-        }))
-        .with_no_client_auth();
+        }));
+    let mut config = match (&url.ssl_cert, &url.ssl_key) {
+        (Some(cert), Some(key)) => {
+            let chain = CertificateDer::pem_file_iter(cert)
+                .and_then(Iterator::collect)
+                .map_err(|error| unreadable(cert, error))?;
+            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| unreadable(key, error))?;
+            builder
+                .with_client_auth_cert(chain, key)
+                .map_err(std::io::Error::other)?
+        }
+        _ => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
+}
+
+fn unreadable(path: &Path, error: rustls::pki_types::pem::Error) -> std::io::Error {
+    std::io::Error::other(format!("{}: {error}", path.display()))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

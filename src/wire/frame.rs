@@ -90,9 +90,69 @@ pub(crate) fn body(bytes: &[u8], header: Header) -> Option<&[u8]> {
     bytes.get(HEADER..header.whole)
 }
 
+/// Follows the frames of a stream that is passed on as it comes: where it stands, and of what kind each was.
+#[derive(Default)]
+pub(crate) struct Follower {
+    header: [u8; HEADER],
+    /// How much of `header` has come.
+    have: usize,
+    /// Bytes of the body still to come.
+    left: usize,
+}
+
+impl Follower {
+    /// `bytes` passed by; `began` is told the tag of every frame that began among them. False: they are no frames.
+    pub(crate) fn pass(&mut self, mut bytes: &[u8], mut began: impl FnMut(u8)) -> bool {
+        while !bytes.is_empty() {
+            let body = self.left.min(bytes.len());
+            self.left -= body;
+            bytes = bytes.get(body..).unwrap_or_default();
+            let missing = self.header.get_mut(self.have..).unwrap_or_default();
+            let count = missing.len().min(bytes.len());
+            let (now, later) = bytes.split_at(count);
+            missing
+                .iter_mut()
+                .zip(now)
+                .for_each(|(slot, byte)| *slot = *byte);
+            self.have += count;
+            bytes = later;
+            if self.have == HEADER {
+                let Some(header) = Header::peek(&self.header) else {
+                    return false;
+                };
+                self.have = 0;
+                self.left = header.whole - HEADER;
+                began(header.tag);
+            }
+        }
+        true
+    }
+
+    /// Between two frames.
+    pub(crate) fn is_between(&self) -> bool {
+        self.have == 0 && self.left == 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_are_followed_however_they_are_cut() {
+        let stream = b"Z\0\0\0\x05IW\0\0\0\x07\0\0\0d\0\0\0\x0babcdefgc\0\0\0\x04";
+        for step in 1..=stream.len() {
+            let (mut follower, mut tags, mut passed) = (Follower::default(), Vec::new(), 0);
+            for part in stream.chunks(step) {
+                assert!(follower.pass(part, |tag| tags.push(tag)));
+                passed += part.len();
+                let between = [6, 14, 26, 31].contains(&passed);
+                assert_eq!(follower.is_between(), between, "{step} {passed}");
+            }
+            assert_eq!(tags, b"ZWdc");
+        }
+        assert!(!Follower::default().pass(b"Z\0\0\0\x03", |_| ()));
+    }
 
     #[test]
     fn a_client_header_is_checked_as_postgres_checks_it() {

@@ -6,9 +6,11 @@
 #![warn(clippy::indexing_slicing, clippy::cast_possible_truncation)]
 
 pub(crate) mod buffer;
+pub(crate) mod certificate;
 pub(crate) mod error_response;
 pub(crate) mod frame;
 pub(crate) mod messages;
+pub(crate) mod proxy_header;
 pub(crate) mod quote;
 pub(crate) mod scram;
 pub(crate) mod startup;

@@ -8,6 +8,10 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 pub(crate) const MECHANISM: &str = "SCRAM-SHA-256";
+/// The same, bound to the TLS connection it runs over.
+pub(crate) const MECHANISM_PLUS: &str = "SCRAM-SHA-256-PLUS";
+/// The one kind of channel binding Postgres knows. (RFC 5929, 4)
+const BINDING_TYPE: &str = "tls-server-end-point";
 /// Iterations Postgres uses for a new verifier, and we for a mock one.
 pub(crate) const ITERATIONS_DEFAULT: u32 = 4096;
 
@@ -27,6 +31,17 @@ pub(crate) struct Verifier {
 pub(crate) struct ScramKeys {
     client_key: Key,
     server_key: Key,
+}
+
+impl ScramKeys {
+    /// Nobody's.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn unproven() -> Self {
+        Self {
+            client_key: [1; 32],
+            server_key: [2; 32],
+        }
+    }
 }
 
 impl Verifier {
@@ -72,12 +87,25 @@ impl Verifier {
     }
 }
 
+/// Channel binding as the server sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ServerBinding<'a> {
+    /// PLUS was not offered.
+    NotOffered,
+    /// PLUS was offered, and the client chose to do without.
+    Declined,
+    /// The client chose PLUS: what both must see is the hash of our certificate.
+    Chosen(&'a [u8]),
+}
+
 /// The server's half of an exchange.
 pub(crate) struct ServerExchange {
     verifier: Verifier,
     auth_message_start: String,
     nonce: String,
-    gs2_header: String,
+    /// What the client-final-message must carry as `c=`, before base64.
+    binding: Vec<u8>,
+    is_bound: bool,
     /// server-first-message, to be sent as SASLContinue.
     pub(crate) first: String,
 }
@@ -87,8 +115,16 @@ pub(crate) struct ServerExchange {
 pub(crate) enum ScramError {
     /// The message does not follow RFC 5802.
     Malformed,
-    /// The client insists on channel binding it could not have been offered.
-    ChannelBinding,
+    /// The client chose PLUS, and its message is not bound.
+    BindingMissing,
+    /// The client's message is bound, and it did not choose PLUS.
+    BindingUnasked,
+    /// A binding of a type we don't have.
+    BindingType(String),
+    /// The client could bind and believes that we can't: somebody between has taken PLUS from what we offered.
+    Downgrade,
+    /// The client is bound to another TLS connection than ours: somebody is between.
+    BindingCheck,
     /// The proof does not fit the verifier.
     Proof,
 }
@@ -99,16 +135,25 @@ impl ServerExchange {
         verifier: Verifier,
         client_first: &str,
         nonce: &str,
+        channel: ServerBinding<'_>,
     ) -> Result<Self, ScramError> {
         let mut parts = client_first.splitn(3, ',');
         let (Some(binding), Some(authzid), Some(bare)) = (parts.next(), parts.next(), parts.next())
         else {
             return Err(ScramError::Malformed);
         };
-        match binding {
-            "n" | "y" => {}
-            _ if binding.starts_with("p=") => return Err(ScramError::ChannelBinding),
-            _ => return Err(ScramError::Malformed),
+        match (channel, binding, binding.strip_prefix("p=")) {
+            (ServerBinding::Chosen(_), "n" | "y", _) => return Err(ScramError::BindingMissing),
+            (ServerBinding::Chosen(_), _, Some(BINDING_TYPE)) => {}
+            (ServerBinding::Chosen(_), _, Some(other)) => {
+                return Err(ScramError::BindingType(other.to_owned()));
+            }
+            (ServerBinding::Declined, "y", _) => return Err(ScramError::Downgrade),
+            (ServerBinding::NotOffered | ServerBinding::Declined, "n" | "y", _) => {}
+            (ServerBinding::NotOffered | ServerBinding::Declined, _, Some(_)) => {
+                return Err(ScramError::BindingUnasked);
+            }
+            (_, _, None) => return Err(ScramError::Malformed),
         }
         if !authzid.is_empty() {
             return Err(ScramError::Malformed);
@@ -132,11 +177,20 @@ impl ServerExchange {
             verifier.iterations
         );
         let auth_message_start = format!("{bare},{first}");
+        let mut expected = format!("{binding},{authzid},").into_bytes();
+        let is_bound = match channel {
+            ServerBinding::Chosen(hash) => {
+                expected.extend_from_slice(hash);
+                true
+            }
+            ServerBinding::NotOffered | ServerBinding::Declined => false,
+        };
         Ok(Self {
             verifier,
             auth_message_start,
             nonce,
-            gs2_header: format!("{binding},{authzid},"),
+            binding: expected,
+            is_bound,
             first,
         })
     }
@@ -146,13 +200,23 @@ impl ServerExchange {
         let (without_proof, proof) = client_final
             .rsplit_once(",p=")
             .ok_or(ScramError::Malformed)?;
-        let expected = format!("c={},r={}", STANDARD.encode(&self.gs2_header), self.nonce);
+        let (binding, rest) = without_proof
+            .strip_prefix("c=")
+            .and_then(|text| text.split_once(','))
+            .ok_or(ScramError::Malformed)?;
         let proof: Key = STANDARD
             .decode(proof)
             .ok()
             .and_then(|p| p.try_into().ok())
             .ok_or(ScramError::Malformed)?;
-        if without_proof != expected {
+        if binding != STANDARD.encode(&self.binding) {
+            return Err(if self.is_bound {
+                ScramError::BindingCheck
+            } else {
+                ScramError::Malformed
+            });
+        }
+        if rest.strip_prefix("r=") != Some(&self.nonce) {
             return Err(ScramError::Malformed);
         }
         let auth_message = format!("{},{without_proof}", self.auth_message_start);
@@ -180,23 +244,44 @@ pub(crate) enum Secret<'a> {
     Keys(&'a ScramKeys),
 }
 
-/// The client's half of an exchange, without channel binding.
+/// Channel binding as the client sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ClientBinding<'a> {
+    /// We cannot, or are not to.
+    Unable,
+    /// We could, and the server did not offer PLUS. Had it, and somebody took that out, it will know by this.
+    NotOffered,
+    /// To the hash of the server's certificate.
+    Bound(&'a [u8]),
+}
+
+/// The client's half of an exchange.
 pub(crate) struct ClientExchange {
     bare: String,
     nonce: String,
+    gs2_header: String,
+    /// `c=`, before base64.
+    binding: Vec<u8>,
 }
 
 impl ClientExchange {
-    pub(crate) fn start(nonce: String) -> Self {
-        // Postgres takes the user from the StartupMessage and wants this one empty.
+    pub(crate) fn start(nonce: String, channel: ClientBinding<'_>) -> Self {
+        let (gs2_header, hash) = match channel {
+            ClientBinding::Unable => ("n,,".to_owned(), &[][..]),
+            ClientBinding::NotOffered => ("y,,".to_owned(), &[][..]),
+            ClientBinding::Bound(hash) => (format!("p={BINDING_TYPE},,"), hash),
+        };
         Self {
+            // Postgres takes the user from the StartupMessage and wants this one empty.
             bare: format!("n=,r={nonce}"),
             nonce,
+            binding: [gs2_header.as_bytes(), hash].concat(),
+            gs2_header,
         }
     }
 
     pub(crate) fn first(&self) -> String {
-        format!("n,,{}", self.bare)
+        format!("{}{}", self.gs2_header, self.bare)
     }
 
     /// Answers the server-first-message: the client-final-message, and the server-final-message to expect.
@@ -233,7 +318,7 @@ impl ClientExchange {
             Secret::Keys(keys) => (keys.client_key, keys.server_key),
         };
         let stored_key: Key = Sha256::digest(client_key).into();
-        let without_proof = format!("c=biws,r={nonce}");
+        let without_proof = format!("c={},r={nonce}", STANDARD.encode(&self.binding));
         let auth_message = format!("{},{server_first},{without_proof}", self.bare);
         let proof = xor(client_key, hmac(&stored_key, &[auth_message.as_bytes()]));
         let expected = format!(
@@ -259,6 +344,8 @@ fn salted_password(password: &str, salt: &[u8], iterations: u32) -> Key {
     let mac =
         Hmac::<Sha256>::new_from_slice(prepared.as_bytes()).expect("HMAC takes keys of any length");
     let one = |parts: &[&[u8]]| -> Key {
+        #[cfg(test)]
+        HASHED.set(HASHED.get() + 1);
         let mut mac = mac.clone();
         parts.iter().for_each(|part| mac.update(part));
         mac.finalize().into_bytes().into()
@@ -272,7 +359,15 @@ fn salted_password(password: &str, salt: &[u8], iterations: u32) -> Key {
     salted
 }
 
+#[cfg(test)]
+thread_local! {
+    /// What a test of equal cost counts.
+    static HASHED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 fn hmac(key: &[u8], parts: &[&[u8]]) -> Key {
+    #[cfg(test)]
+    HASHED.set(HASHED.get() + 1);
     let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length");
     parts.iter().for_each(|part| mac.update(part));
     mac.finalize().into_bytes().into()
@@ -283,6 +378,7 @@ fn xor(left: Key, right: Key) -> Key {
 }
 
 #[cfg(test)]
+#[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
 
@@ -298,11 +394,9 @@ mod tests {
     fn follows_the_example_of_rfc_7677() {
         let client = ClientExchange {
             bare: "n=user,r=rOprNGfwEbeRWgbNEkqO".into(),
-            nonce: "rOprNGfwEbeRWgbNEkqO".into(),
+            ..ClientExchange::start("rOprNGfwEbeRWgbNEkqO".into(), ClientBinding::Unable)
         };
-        let server =
-            ServerExchange::start(pencil(), &client.first(), "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0")
-                .unwrap();
+        let server = start(&client.first(), "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0").unwrap();
         assert_eq!(
             server.first,
             "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096"
@@ -319,8 +413,8 @@ mod tests {
         assert_eq!(final_message, expected);
 
         // The keys recovered from the proof log in where the password would.
-        let again = ClientExchange::start("abc".into());
-        let server = ServerExchange::start(pencil(), &again.first(), "def").unwrap();
+        let again = ClientExchange::start("abc".into(), ClientBinding::Unable);
+        let server = start(&again.first(), "def").unwrap();
         let (last, expected) = again.answer(&server.first, &Secret::Keys(&keys)).unwrap();
         assert_eq!(
             server.finish(&last).map(|(message, _)| message),
@@ -328,16 +422,28 @@ mod tests {
         );
     }
 
+    fn start(first: &str, nonce: &str) -> Result<ServerExchange, ScramError> {
+        ServerExchange::start(pencil(), first, nonce, ServerBinding::NotOffered)
+    }
+
+    /// Not a clock's word, which a busy machine may break: the same hashing, step by step.
     #[test]
-    fn a_wrong_password_and_an_unknown_user_fail_alike() {
+    fn a_wrong_password_and_an_unknown_user_fail_alike_and_cost_the_same() {
+        let mut costs = Vec::new();
         for verifier in [pencil(), Verifier::mock(b"secret", "nobody")] {
-            let client = ClientExchange::start("abc".into());
-            let server = ServerExchange::start(verifier, &client.first(), "def").unwrap();
-            let (last, _) = client
-                .answer(&server.first, &Secret::Password("pen"))
-                .unwrap();
+            let client = ClientExchange::start("abc".into(), ClientBinding::Unable);
+            let (first, wrong) = (client.first(), Secret::Password("pen"));
+            let before = HASHED.get();
+            let server =
+                ServerExchange::start(verifier, &first, "def", ServerBinding::NotOffered).unwrap();
+            let halfway = HASHED.get();
+            let (last, _) = client.answer(&server.first, &wrong).unwrap();
+            let resumed = HASHED.get();
             assert!(matches!(server.finish(&last), Err(ScramError::Proof)));
+            costs.push((halfway - before, HASHED.get() - resumed));
         }
+        assert_eq!(costs[0], costs[1]);
+        assert!(costs[0].1 > 0, "nothing was counted");
     }
 
     #[test]
@@ -352,21 +458,72 @@ mod tests {
             "n,,n=,r=a,m=x",
         ] {
             assert!(
-                matches!(
-                    ServerExchange::start(pencil(), first, "x"),
-                    Err(ScramError::Malformed)
-                ),
+                matches!(start(first, "x"), Err(ScramError::Malformed)),
                 "{first}"
             );
         }
-        let bound = ServerExchange::start(pencil(), "p=tls-server-end-point,,n=,r=a", "x");
-        assert!(matches!(bound, Err(ScramError::ChannelBinding)));
         for last in ["", "c=biws,r=wrong,p=AAAA", "c=biws", ",p=,p="] {
-            let server = ServerExchange::start(pencil(), "n,,n=,r=a", "x").unwrap();
+            let server = start("n,,n=,r=a", "x").unwrap();
             assert!(
                 matches!(server.finish(last), Err(ScramError::Malformed)),
                 "{last}"
             );
+        }
+    }
+
+    /// As `src/backend/libpq/auth-scram.c` decides, case by case.
+    #[test]
+    fn a_client_binds_when_it_chose_to_and_only_then() {
+        use ServerBinding as On;
+        let cases = [
+            ("n", On::NotOffered, None),
+            ("y", On::NotOffered, None),
+            ("n", On::Declined, None),
+            ("y", On::Declined, Some(ScramError::Downgrade)),
+            ("p=tls-server-end-point", On::Chosen(b"hash"), None),
+            ("n", On::Chosen(b"hash"), Some(ScramError::BindingMissing)),
+            ("y", On::Chosen(b"hash"), Some(ScramError::BindingMissing)),
+            (
+                "p=tls-unique",
+                On::Chosen(b"hash"),
+                Some(ScramError::BindingType("tls-unique".into())),
+            ),
+            (
+                "p=tls-server-end-point",
+                On::Declined,
+                Some(ScramError::BindingUnasked),
+            ),
+            (
+                "p=tls-server-end-point",
+                On::NotOffered,
+                Some(ScramError::BindingUnasked),
+            ),
+        ];
+        for (flag, channel, wanted) in cases {
+            let first = format!("{flag},,n=,r=a");
+            let refused = ServerExchange::start(pencil(), &first, "x", channel).err();
+            assert_eq!(refused, wanted, "{flag} {channel:?}");
+        }
+    }
+
+    #[test]
+    fn a_bound_exchange_fails_for_whoever_sees_another_certificate() {
+        for (theirs, ours, wanted) in [
+            (&b"hash"[..], &b"hash"[..], None),
+            (b"hash of another", b"hash", Some(ScramError::BindingCheck)),
+            (b"", b"hash", Some(ScramError::BindingCheck)),
+        ] {
+            let client = ClientExchange::start("abc".into(), ClientBinding::Bound(theirs));
+            let channel = ServerBinding::Chosen(ours);
+            let server = ServerExchange::start(pencil(), &client.first(), "def", channel).unwrap();
+            let (last, expected) = client
+                .answer(&server.first, &Secret::Password("pencil"))
+                .unwrap();
+            match (server.finish(&last), wanted) {
+                (Ok((proof, _)), None) => assert_eq!(proof, expected),
+                (Err(error), Some(wanted)) => assert_eq!(error, wanted),
+                (outcome, wanted) => panic!("{:?}, not {wanted:?}", outcome.err()),
+            }
         }
     }
 

@@ -10,12 +10,21 @@ const PROTOCOL_MAJOR: u32 = 3;
 /// The newest minor we speak: 3.2 has variable-length cancel keys.
 pub(crate) const PROTOCOL_MINOR_MAX: u16 = 2;
 
+const CANCEL: (u32, u16) = (1234, 5678);
+/// A CancelRequest from one Flowgate to another, alike but for this. Postgres knows no such code and hangs up.
+const FORWARDED_CANCEL: (u32, u16) = (1234, 5778);
+
 /// What an untagged packet is.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Packet {
     SslRequest,
     GssEncRequest,
-    Cancel { pid: u32, secret: Vec<u8> },
+    Cancel {
+        pid: u32,
+        secret: Vec<u8>,
+        /// It comes from another Flowgate, which does not know the key: not to be passed on again.
+        forwarded: bool,
+    },
     Startup(Startup),
 }
 
@@ -52,6 +61,8 @@ pub(crate) enum StartupError {
     NoUser,
     #[error("startup parameters are not valid UTF-8")]
     NotUtf8,
+    #[error("invalid value for parameter \"replication\": \"{0}\"")]
+    Replication(String),
 }
 
 /// Length of the packet at the front of `bytes`, its own four bytes included; `None` while they are not all there.
@@ -67,6 +78,15 @@ pub(crate) fn packet_len(bytes: &[u8]) -> Result<Option<usize>, StartupError> {
     }
 }
 
+/// A whole CancelRequest, as from one Flowgate to another.
+pub(crate) fn forwarded_cancel(pid: u32, secret: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(12 + secret.len()).unwrap_or(u32::MAX);
+    let (major, minor) = FORWARDED_CANCEL;
+    let code = major << 16 | u32::from(minor);
+    let head = [length, code, pid].map(u32::to_be_bytes);
+    [head.as_flattened(), secret].concat()
+}
+
 /// Reads one whole packet.
 pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
     let Some((&[_, _, _, _, c0, c1, c2, c3], rest)) = packet.split_first_chunk::<8>() else {
@@ -77,7 +97,7 @@ pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
         u16::from_be_bytes([c2, c3]),
     );
     match (major, minor) {
-        (1234, 5678) => {
+        CANCEL | FORWARDED_CANCEL => {
             let Some((pid, secret)) = rest.split_first_chunk::<4>() else {
                 return Err(StartupError::Length);
             };
@@ -87,6 +107,7 @@ pub(crate) fn read(packet: &[u8]) -> Result<Packet, StartupError> {
             Ok(Packet::Cancel {
                 pid: u32::from_be_bytes(*pid),
                 secret: secret.to_vec(),
+                forwarded: (major, minor) == FORWARDED_CANCEL,
             })
         }
         (1234, 5679) => Ok(Packet::SslRequest),
@@ -125,9 +146,78 @@ fn take_cstr(rest: &mut &[u8]) -> Result<String, StartupError> {
     String::from_utf8(text.to_vec()).map_err(|_not_utf8| StartupError::NotUtf8)
 }
 
+/// What `replication` in a StartupMessage asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReplicationMode {
+    /// `true`: WAL and base backups of the whole server.
+    Physical,
+    /// `database`: logical decoding in that database, and SQL.
+    Logical,
+}
+
+/// Reads the value of `replication`; `None`: an ordinary session. As Postgres reads it, booleans in any of its spellings.
+/// (protocol-replication.html)
+pub(crate) fn replication(value: &str) -> Result<Option<ReplicationMode>, StartupError> {
+    if value == "database" {
+        return Ok(Some(ReplicationMode::Logical));
+    }
+    match boolean(value) {
+        Some(true) => Ok(Some(ReplicationMode::Physical)),
+        Some(false) => Ok(None),
+        None => Err(StartupError::Replication(value.to_owned())),
+    }
+}
+
+/// `parse_bool`: any beginning of a word that is no other's, in any case.
+fn boolean(text: &str) -> Option<bool> {
+    let text = text.to_ascii_lowercase();
+    let begins = |word: &str, shortest: usize| text.len() >= shortest && word.starts_with(&text);
+    if text == "1" || begins("true", 1) || begins("yes", 1) || begins("on", 2) {
+        Some(true)
+    } else if text == "0" || begins("false", 1) || begins("no", 1) || begins("off", 2) {
+        Some(false)
+    } else {
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn replication_is_a_boolean_or_a_database() {
+        for (value, mode) in [
+            ("database", Some(ReplicationMode::Logical)),
+            ("true", Some(ReplicationMode::Physical)),
+            ("TRUE", Some(ReplicationMode::Physical)),
+            ("t", Some(ReplicationMode::Physical)),
+            ("on", Some(ReplicationMode::Physical)),
+            ("yes", Some(ReplicationMode::Physical)),
+            ("1", Some(ReplicationMode::Physical)),
+            ("false", None),
+            ("of", None),
+            ("No", None),
+            ("0", None),
+        ] {
+            assert_eq!(replication(value), Ok(mode), "{value}");
+        }
+        for value in ["", "o", "Database", "2", "truer", "database "] {
+            assert!(replication(value).is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_forwarded_cancel_is_read_as_one() {
+        assert_eq!(
+            read(&forwarded_cancel(7, &[1; 32])),
+            Ok(Packet::Cancel {
+                pid: 7,
+                secret: vec![1; 32],
+                forwarded: true
+            })
+        );
+    }
 
     fn packet(code: u32, rest: &[u8]) -> Vec<u8> {
         let mut bytes = u32::try_from(8 + rest.len())
@@ -146,6 +236,7 @@ mod tests {
         let cancel = Packet::Cancel {
             pid: 7,
             secret: vec![1, 2, 3, 4],
+            forwarded: false,
         };
         assert_eq!(
             read(&packet(80_877_102, &[0, 0, 0, 7, 1, 2, 3, 4])),

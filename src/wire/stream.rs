@@ -32,6 +32,16 @@ impl Transport {
         }
     }
 
+    /// The certificate the other side showed, in DER; none without TLS, or where none was asked for.
+    pub(crate) fn peer_certificate(&self) -> Option<&[u8]> {
+        let shown = match self {
+            Self::Plain(_) | Self::Gone => None,
+            Self::TlsServer(tls) => tls.get_ref().1.peer_certificates(),
+            Self::TlsClient(tls) => tls.get_ref().1.peer_certificates(),
+        };
+        shown?.first().map(AsRef::as_ref)
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(room);
         ready!(match self {
@@ -207,13 +217,17 @@ impl Stream {
 
     /// Says that no more will come, so that what was sent is read before the connection is found closed.
     pub(crate) async fn close(&mut self) {
-        let shutdown = poll_fn(|cx| match &mut self.transport {
+        // A peer that is gone already needs no goodbye.
+        drop(poll_fn(|cx| self.poll_close(cx)).await);
+    }
+
+    /// The same; the other side may go on sending.
+    pub(crate) fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.transport {
             Transport::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
             Transport::TlsServer(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Transport::TlsClient(tls) => Pin::new(tls.as_mut()).poll_shutdown(cx),
             Transport::Gone => Poll::Ready(Ok(())),
-        });
-        // A peer that is gone already needs no goodbye.
-        drop(shutdown.await);
+        }
     }
 }

@@ -108,12 +108,12 @@ async fn malformed_startups_are_refused_in_words() {
             None,
         ),
         (
-            "replication",
+            "replication by a word that is none",
             startup(
                 PROTOCOL_3_0,
-                &[("user", "postgres"), ("replication", "true")],
+                &[("user", "postgres"), ("replication", "maybe")],
             ),
-            Some("0A000"),
+            Some("22023"),
         ),
         ("HTTP", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(), None),
         (

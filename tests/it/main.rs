@@ -5,6 +5,7 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod access;
 mod auth;
 mod core;
 mod core14;
@@ -16,7 +17,9 @@ mod hostile;
 mod maintenance;
 mod protocol;
 mod reads;
+mod replication;
 mod schema;
 mod session;
 mod support;
+mod tls;
 mod transcripts;

@@ -3,6 +3,7 @@
 // Each test binary uses its part of this.
 #![allow(dead_code, reason = "shared by several test binaries")]
 
+pub(crate) mod certs;
 pub(crate) mod pg;
 pub(crate) mod proxy;
 pub(crate) mod raw;

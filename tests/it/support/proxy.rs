@@ -123,6 +123,11 @@ impl Proxy {
         self.metric(&format!("flowgate_requests_total{{to=\"{to}\"}}"))
     }
 
+    /// What a reload does to certificates, PROXY headers and access rules.
+    pub(crate) fn replace_entrance(&self, config: &Config) -> Result<(), app::AppError> {
+        self.app.replace_entrance(config)
+    }
+
     pub(crate) async fn shut_down(self) {
         timeout(PATIENCE, self.app.shut_down()).await.unwrap();
     }

@@ -153,8 +153,13 @@ impl Raw {
 
     /// Sends, and renders what comes up to ReadyForQuery.
     pub(crate) async fn ask(&mut self, bytes: &[u8]) -> String {
+        transcript(&self.ask_frames(bytes).await)
+    }
+
+    /// The same, not rendered.
+    pub(crate) async fn ask_frames(&mut self, bytes: &[u8]) -> Vec<Frame> {
         self.send(bytes).await;
-        transcript(&self.until_ready().await)
+        self.until_ready().await
     }
 
     /// A simple Query's answer, rendered.
