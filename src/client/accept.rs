@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::shared::{Running, Shared};
+use super::live::{Running, Standing};
+use super::shared::Shared;
 use super::startup;
 
 /// Out of descriptors, most likely: others must end before the next accept can succeed.
@@ -35,11 +36,11 @@ pub(crate) fn bind(address: SocketAddr, shared: bool) -> io::Result<std::net::Tc
 pub(crate) async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
     let mut clients = JoinSet::new();
-    let mut running = shared.running.clone();
+    let mut standing = shared.standing.clone();
     loop {
         tokio::select! {
             biased;
-            () = draining(&mut running) => break,
+            () = closing(&mut standing) => break,
             accepted = listener.accept() => match accepted {
                 Ok((tcp, peer)) => {
                     drop(clients.spawn(welcome(tcp, peer, Arc::clone(&shared))));
@@ -59,9 +60,10 @@ pub(crate) async fn serve(listener: std::net::TcpListener, shared: Arc<Shared>) 
     Ok(())
 }
 
-async fn draining(running: &mut watch::Receiver<Running>) {
+async fn closing(standing: &mut watch::Receiver<Standing>) {
+    let told = standing.wait_for(|standing| standing.running > Running::Serving);
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| *state != Running::Serving).await);
+    drop(told.await);
 }
 
 async fn welcome(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {

@@ -12,9 +12,11 @@ use tracing::{debug, info};
 
 use super::auth;
 use super::console;
+use super::console::Admitted;
 use super::error::{SessionError, login_refused};
+use super::live::{ConsoleRole, Running};
 use super::session::{LoggedIn, Session};
-use super::shared::{Running, Seats, Shared};
+use super::shared::{Seats, Shared};
 use crate::config::{AuthMethod, ClientTls, PoolMode};
 use crate::pool::checkout::Wish;
 use crate::server::auth::Credentials;
@@ -31,6 +33,8 @@ use crate::wire::stream::{Stream, Transport};
 const CONSOLE: &str = "flowgate";
 /// A TLS ClientHello's first byte: direct TLS, without an SSLRequest.
 const TLS_HANDSHAKE: u8 = 0x16;
+/// How long a login under way may go on once a shutdown has begun.
+const DOORSTEP_MAX: Duration = Duration::from_secs(1);
 /// A client that gets its farewell has this long to take it.
 const FAREWELL_MAX: Duration = Duration::from_secs(2);
 const SECRET_LEN: usize = 4;
@@ -40,20 +44,22 @@ const SECRET_LEN_3_2: usize = 32;
 /// A client's whole life.
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
-    let within = shared.listen.login_timeout;
+    let within = shared.live().config.listen.login_timeout;
     let arrive = Box::pin(arrive(tcp, &shared, seat.is_some()));
     let arrival = tokio::select! {
         biased;
         arrival = timeout(within, arrive) => arrival,
         // Nobody who is still on the doorstep is worth waiting for.
-        () = until(&shared, |state| state != Running::Serving) => return,
+        () = turned_away(&shared) => return,
     };
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
+            let entry = Arc::clone(session.entry());
             let ended = tokio::select! {
                 biased;
                 ended = session.run() => ended,
-                () = until(&shared, |state| state == Running::Stopping) => Err(SessionError::Shutdown),
+                () = until(&shared, Running::Stopping) => Err(SessionError::Shutdown),
+                () = entry.killed() => Err(SessionError::Killed),
             };
             if let Err(error) = &ended {
                 note(peer, error, &shared);
@@ -61,13 +67,14 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
                     farewell(&mut session.client, error).await;
                 }
             }
+            drop(entry);
             session.part().await;
         }
-        Ok(Ok(Arrival::Console(mut client))) => {
+        Ok(Ok(Arrival::Console(mut client, admitted))) => {
             let ended = tokio::select! {
                 biased;
-                ended = console::serve(&mut client, &shared) => ended,
-                () = until(&shared, |state| state != Running::Serving) => Err(SessionError::Shutdown),
+                ended = console::serve(&mut client, &shared, &admitted) => ended,
+                () = alone(&shared) => Err(SessionError::Shutdown),
             };
             if let Err(error) = ended {
                 debug!(%peer, %error, "console client left");
@@ -89,15 +96,34 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     }
 }
 
-async fn until(shared: &Shared, reached: impl Fn(Running) -> bool) {
-    let mut running = shared.running.clone();
+async fn until(shared: &Shared, reached: Running) {
+    let mut standing = shared.standing.clone();
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| reached(*state)).await);
+    drop(
+        standing
+            .wait_for(|standing| standing.running >= reached)
+            .await,
+    );
+}
+
+/// A shutdown waits no longer for somebody on the doorstep.
+async fn turned_away(shared: &Shared) {
+    until(shared, Running::Draining).await;
+    tokio::time::sleep(DOORSTEP_MAX).await;
+}
+
+/// A shutdown waits for nobody but the console.
+async fn alone(shared: &Shared) {
+    until(shared, Running::Leaving).await;
+    tokio::select! {
+        () = until(shared, Running::Draining) => {}
+        () = shared.roster.only_console() => {}
+    }
 }
 
 enum Arrival {
     Session(Box<Session>),
-    Console(Stream),
+    Console(Stream, Box<Admitted>),
     /// A cancel request, or somebody who just looked in.
     Nothing,
 }
@@ -120,7 +146,7 @@ async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Ar
     };
     match introduce(&mut client, shared, seated).await {
         Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
-        Ok(Introduced::Console) => Ok(Arrival::Console(client)),
+        Ok(Introduced::Console(admitted)) => Ok(Arrival::Console(client, admitted)),
         Ok(Introduced::User(login)) => {
             let login = LoggedIn {
                 id: login.id,
@@ -129,7 +155,7 @@ async fn arrive(tcp: TcpStream, shared: &Arc<Shared>, seated: bool) -> Result<Ar
                 application_name: login.application_name,
                 key: login.key,
                 reported: login.reported,
-                session_mode: shared.pool_mode == PoolMode::Session,
+                session_mode: shared.live().config.pool.mode == PoolMode::Session,
             };
             Ok(Arrival::Session(Box::new(Session::new(
                 login,
@@ -163,7 +189,8 @@ async fn greet(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> 
 }
 
 async fn encrypt(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError> {
-    let Some(acceptor) = &shared.tls else {
+    let live = shared.live();
+    let Some(acceptor) = &live.tls else {
         return Err(SessionError::Tls(io::Error::other("TLS is not configured")));
     };
     let tls = acceptor.accept(tcp).await.map_err(SessionError::Tls)?;
@@ -172,7 +199,7 @@ async fn encrypt(tcp: TcpStream, shared: &Shared) -> Result<Stream, SessionError
 
 enum Introduced {
     Nothing,
-    Console,
+    Console(Box<Admitted>),
     User(Box<User>),
 }
 
@@ -208,25 +235,38 @@ async fn introduce(
         shared.counters.refused_full.inc();
         return Err(refused("53300", "sorry, too many clients already"));
     }
-    if *shared.running.borrow() != Running::Serving {
+    if shared.standing.borrow().running >= Running::Draining {
         return Err(refused("57P03", "the database system is shutting down"));
     }
+    let live = shared.live();
     let encrypted = !matches!(client.transport(), Transport::Plain(_));
-    if shared.client_tls == ClientTls::Require && !encrypted {
+    if live.config.listen.tls == ClientTls::Require && !encrypted {
         return Err(refused("28000", "connection requires TLS"));
     }
     negotiate(client, &startup);
     let login = Login::read(&startup)?;
-    let credentials = match shared.auth {
+    let credentials = match live.config.auth.method {
         AuthMethod::Trust => Credentials::None,
-        AuthMethod::Scram => auth::scram(client, &shared.verifiers, &login.opening.user).await?,
+        AuthMethod::Scram => auth::scram(client, &live.verifiers, &login.opening.user).await?,
     };
     if login.opening.database == CONSOLE {
+        let Some(role) = ConsoleRole::of(&login.opening.user, &live.config) else {
+            return Err(SessionError::Refused(Box::new(console::refusal())));
+        };
+        let id = shared.clients.next();
+        let key = shared.cancels.issue(console::pid(id), SECRET_LEN)?;
         put_authentication(&mut client.output, 0, &[]);
-        console::put_greeting(&mut client.output);
+        console::put_greeting(&mut client.output, &key);
         client.flush().await?;
-        return Ok(Introduced::Console);
+        let admitted = Admitted::new(role, id, key, &login.opening, &login.application_name);
+        return Ok(Introduced::Console(Box::new(admitted)));
     }
+    if shared.pools.is_disabled(&login.opening.database) {
+        let database = &login.opening.database;
+        let message = format!("database \"{database}\" is not currently accepting connections");
+        return Err(refused("55000", &message));
+    }
+    drop(live);
     shared.pools.share_credentials(&login.opening, &credentials);
     let pool = shared.pools.pool(&login.opening, 0);
     let id = shared.clients.next();
@@ -358,7 +398,7 @@ async fn next_packet(client: &mut Stream) -> Result<Option<Packet>, SessionError
 
 async fn answer_ssl(client: &mut Stream, shared: &Shared) -> Result<(), SessionError> {
     let plain = matches!(client.transport(), Transport::Plain(_));
-    if shared.tls.is_none() || !plain {
+    if shared.live().tls.is_none() || !plain {
         return answer(client, b"N").await;
     }
     // What came before the handshake came unencrypted, from whomever. (CVE-2021-23214)

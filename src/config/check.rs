@@ -60,6 +60,21 @@ pub fn from_sources(
     }
 }
 
+/// What holds when nothing is said but where the primary is.
+pub fn defaults(primary: &ConnectUrl) -> Config {
+    let mut check = Check {
+        sources: BTreeMap::new(),
+        problems: Vec::new(),
+    };
+    let url = Some(primary.to_string());
+    let raw = raw::File {
+        primary: raw::Upstream { url },
+        ..raw::File::default()
+    };
+    let config = check.config(raw);
+    config.expect("a URL is read as it was written, and every default is in range")
+}
+
 /// Goes through the sections; a value refused is noted and stands at its default, so that the rest is checked too.
 struct Check {
     sources: BTreeMap<String, Source>,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::spell;
-use super::{Config, ConnectUrl};
+use super::{Config, ConnectUrl, Listen};
 
 /// One key as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,6 +145,28 @@ pub fn need_restart(running: &Config, wanted: &Config) -> Vec<&'static str> {
         .filter(|row| row.when == Restart && !(row.same)(running, wanted))
         .map(|row| row.name)
         .collect()
+}
+
+/// What is in force once `wanted` has been read while `running` runs: what a reload changes, of `wanted`; the rest stays.
+pub fn live_part(running: &Config, wanted: Config) -> Config {
+    let kept = running.clone();
+    Config {
+        listen: Listen {
+            postgres: kept.listen.postgres,
+            http: kept.listen.http,
+            threads: kept.listen.threads,
+            reuse_port: kept.listen.reuse_port,
+            ..wanted.listen
+        },
+        primary: kept.primary,
+        cache: kept.cache,
+        poll: kept.poll,
+        shed: kept.shed,
+        events: kept.events,
+        http: kept.http,
+        maintenance: kept.maintenance,
+        ..wanted
+    }
 }
 
 fn plain(value: &impl ToString) -> String {

@@ -15,8 +15,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::check::from_sources;
-pub use self::keys::{Key, need_restart, shown};
+pub use self::check::{defaults, from_sources};
+pub use self::keys::{Key, live_part, need_restart, shown};
 pub use self::layers::{ConfigError, Flags, Problem, Source, environment};
 // `self::`: the crate of that name is in scope too.
 pub use self::url::{ConnectUrl, ConnectUrlError, SslMode};

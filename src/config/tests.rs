@@ -690,4 +690,42 @@ fn a_change_that_needs_a_restart_is_named() {
         need_restart(&before, &after),
         ["listen.postgres", "listen.threads"]
     );
+    let in_force = live_part(&before, after);
+    assert_eq!(need_restart(&before, &in_force), [""; 0]);
+    assert_eq!(in_force.pool.size.get(), 7);
+}
+
+#[test]
+fn what_a_reload_does_not_change_stays_as_it_was() {
+    // Every key said otherwise than the default.
+    let other: Config = {
+        let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let text = format!(
+            r#"
+            listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", threads = 3, reuse_port = true, login_timeout = "1s" }}
+            primary = {{ url = "postgres://other" }}
+            pool = {{ size = 4 }}
+            cache = {{ max_age_ms = 11, max_bytes = 12 }}
+            poll = {{ park = false, probe_ms = 13 }}
+            shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
+            events = {{ retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
+            http = {{ jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
+            maintenance = {{ requeue = "off", prune_after = "20d" }}
+            "#
+        );
+        read(&text, &[], Flags::default()).unwrap()
+    };
+    let before = accept("");
+    let in_force = live_part(&before, other.clone());
+    assert_eq!(need_restart(&before, &in_force), [""; 0]);
+    assert_eq!(in_force.pool, other.pool);
+    assert_eq!(in_force.listen.login_timeout, other.listen.login_timeout);
+    let restart: Vec<_> = shown(&before)
+        .into_iter()
+        .filter(|key| !key.live)
+        .map(|key| key.name)
+        // `wake` has no other value that is built.
+        .filter(|name| *name != "events.wake")
+        .collect();
+    assert_eq!(need_restart(&before, &other), restart);
 }
