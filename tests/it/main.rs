@@ -6,6 +6,7 @@
 )]
 
 mod auth;
+mod console;
 #[cfg(feature = "demo")]
 mod demo;
 mod embedded;
@@ -13,6 +14,7 @@ mod events;
 mod hostile;
 mod protocol;
 mod reads;
+mod reload;
 mod schema;
 mod session;
 mod support;

@@ -5,12 +5,28 @@ use super::tables::Show;
 use crate::client::shared::Manner;
 use crate::wire::error_response::ErrorResponse;
 
+/// What any server would say of itself.
+pub(super) const PARAMETERS: [(&str, &str); 9] = [
+    (
+        "server_version",
+        concat!(env!("CARGO_PKG_VERSION"), "/flowgate"),
+    ),
+    ("client_encoding", "UTF8"),
+    ("server_encoding", "UTF8"),
+    ("DateStyle", "ISO, MDY"),
+    ("TimeZone", "UTC"),
+    ("standard_conforming_strings", "on"),
+    ("integer_datetimes", "on"),
+    ("is_superuser", "off"),
+    ("transaction_isolation", "read committed"),
+];
+
 /// What an admin asks for. `None` of a database: all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     Show(Show, Option<String>),
-    /// `SHOW server_version` and the like, as drivers ask any server.
-    ShowParameter(String),
+    /// `SHOW server_version` and the like, as drivers ask any server: what it is.
+    ShowParameter(&'static str),
     Pause(Option<String>),
     Resume(Option<String>),
     Reconnect(Option<String>),
@@ -112,10 +128,10 @@ fn command(words: &[Word], source: &str) -> Result<Command, ErrorResponse> {
                 Some(wanted) if show.takes_argument() => Ok(Command::Show(show, Some(wanted))),
                 Some(_) | None => Err(unknown()),
             },
-            (None, 2) => name(1).map(Command::ShowParameter).ok_or_else(unknown),
+            (None, 2) => parameter(&bare(1)).ok_or_else(unknown),
             _ => Err(unknown()),
         },
-        ("SHOW", "TRANSACTION", 4) => Ok(Command::ShowParameter("transaction_isolation".into())),
+        ("SHOW", "TRANSACTION", 4) => parameter("transaction_isolation").ok_or_else(unknown),
         ("PAUSE", ..) => with_database(Command::Pause),
         ("RESUME", ..) => with_database(Command::Resume),
         ("RECONNECT", ..) => with_database(Command::Reconnect),
@@ -147,6 +163,12 @@ fn command(words: &[Word], source: &str) -> Result<Command, ErrorResponse> {
         ("CLOSE", "ALL", 2) => Ok(Command::Nothing("CLOSE CURSOR ALL")),
         _ => Err(unknown()),
     }
+}
+
+fn parameter(name: &str) -> Option<Command> {
+    let mut known = PARAMETERS.iter();
+    let found = known.find(|(known, _)| known.eq_ignore_ascii_case(name));
+    found.map(|(_, value)| Command::ShowParameter(value))
 }
 
 type Statement<'a> = (Vec<Word>, &'a str);
@@ -324,7 +346,7 @@ mod tests {
             &[
                 Command::Nothing("SET"),
                 Command::Begin,
-                Command::ShowParameter("server_version".into()),
+                Command::ShowParameter(PARAMETERS[0].1),
                 Command::Commit,
             ],
         );
@@ -341,6 +363,7 @@ mod tests {
         );
         refuse("show stats 'x", "unterminated quoted string");
         refuse("show /* version", "unterminated /* comment");
+        refuse("show nothing", "invalid command 'show nothing'");
         refuse("show pools x", "invalid command 'show pools x'");
     }
 }

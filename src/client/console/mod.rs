@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
-use self::command::Command;
+use self::command::{Command, PARAMETERS};
 use self::tables::{Column, Row};
 use super::error::SessionError;
 use super::live::ConsoleRole;
@@ -33,22 +33,6 @@ const FRAME_MAX: usize = 64 * 1024;
 const HELD_MAX: usize = 1_000;
 /// An answer leaves in pieces of this size.
 const PIECE: usize = 64 * 1024;
-
-/// What any server would say of itself.
-const PARAMETERS: [(&str, &str); 9] = [
-    (
-        "server_version",
-        concat!(env!("CARGO_PKG_VERSION"), "/flowgate"),
-    ),
-    ("client_encoding", "UTF8"),
-    ("server_encoding", "UTF8"),
-    ("DateStyle", "ISO, MDY"),
-    ("TimeZone", "UTC"),
-    ("standard_conforming_strings", "on"),
-    ("integer_datetimes", "on"),
-    ("is_superuser", "off"),
-    ("transaction_isolation", "read committed"),
-];
 
 /// A user who was let in.
 pub(super) struct Admitted {
@@ -484,17 +468,7 @@ async fn obey(
             answer.rows = show.rows(shared, wanted.as_deref());
             Ok(answer)
         }
-        Command::ShowParameter(name) => {
-            let known = PARAMETERS.iter();
-            let value = known
-                .into_iter()
-                .find(|(known, _)| known.eq_ignore_ascii_case(name))
-                .map(|(_, value)| *value);
-            let Some(value) = value else {
-                let error = ErrorResponse::error("42601", format!("invalid command 'SHOW {name}'"));
-                let error = error.with_hint("SHOW HELP lists the console's commands.");
-                return Err(Wrong::Command(error));
-            };
+        Command::ShowParameter(value) => {
             let mut answer = Answer::done("SHOW");
             answer.columns = Some(tables::PARAMETER);
             answer.rows = vec![Row::text(value)];
