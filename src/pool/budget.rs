@@ -5,19 +5,14 @@
 //! Locks: a pool's books first, the budget second, never the other way round. INVARIANT: a `Room` is never dropped under
 //! either, since its drop offers the room to the next pool.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::checkout::Pool;
 use super::shelf::Rooms;
 use crate::config;
-
-/// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
-const YIELD_AFTER: Duration = Duration::from_secs(1);
 
 /// One upstream's.
 pub(crate) struct Budget {
@@ -30,7 +25,8 @@ struct State {
     open: usize,
     connecting: usize,
     bounds: Bounds,
-    line: VecDeque<Starving>,
+    /// Pools that starve, in no order: who has waited longest is looked up when there is room.
+    line: Vec<Weak<Pool>>,
     pools: Vec<Weak<Pool>>,
 }
 
@@ -38,11 +34,6 @@ struct State {
 struct Bounds {
     open: usize,
     connecting: usize,
-}
-
-struct Starving {
-    since: Instant,
-    pool: Weak<Pool>,
 }
 
 /// How full an upstream is.
@@ -87,7 +78,7 @@ impl Budget {
                 open: 0,
                 connecting: 0,
                 bounds: Bounds::of(settings),
-                line: VecDeque::new(),
+                line: Vec::new(),
                 pools: Vec::new(),
             }),
             starving: AtomicUsize::new(0),
@@ -118,18 +109,12 @@ impl Budget {
         }
     }
 
-    /// `pool` has had waiters since `since` and found no room. It gets in line; if it is servers that are too many, an idle
-    /// one of another pool's makes room. `true`: there is room by now.
-    pub(super) fn starve(&self, pool: &Arc<Pool>, since: Instant) -> bool {
+    /// `pool` has waiters and found no room. It gets in line; if it is servers that are too many, an idle one of another
+    /// pool's makes room. `true`: there is room by now.
+    pub(super) fn starve(&self, pool: &Arc<Pool>) -> bool {
         let mut state = self.lock();
-        let known = state
-            .line
-            .iter()
-            .any(|starving| std::ptr::eq(starving.pool.as_ptr(), Arc::as_ptr(pool)));
-        if !known {
-            let at = state.line.partition_point(|other| other.since <= since);
-            let pool = Arc::downgrade(pool);
-            state.line.insert(at, Starving { since, pool });
+        if !state.line.iter().any(|known| is(known, pool)) {
+            state.line.push(Arc::downgrade(pool));
             self.starving.store(state.line.len(), Ordering::Relaxed);
         }
         if state.has_room() {
@@ -156,51 +141,66 @@ impl Budget {
         false
     }
 
-    /// Whether a server that comes back to `pool` is to be closed for another pool's sake. `waiting`: since when somebody
-    /// waits for it in its own.
-    pub(super) fn covets(&self, pool: &Arc<Pool>, waiting: Option<Instant>, now: Instant) -> bool {
+    /// Since when somebody waits in another pool than this one for a server to be closed. Locks other pools' books.
+    pub(super) fn rival_since(&self, pool: &Arc<Pool>) -> Option<Instant> {
         if self.starving.load(Ordering::Relaxed) == 0 {
-            return false;
+            return None;
         }
-        let state = self.lock();
-        if state.open < state.bounds.open {
-            return false;
-        }
-        let Some(first) = state.line.front() else {
-            return false;
+        let rivals: Vec<_> = {
+            let state = self.lock();
+            if state.open < state.bounds.open {
+                return None;
+            }
+            let others = state.line.iter().filter(|other| !is(other, pool));
+            others.filter_map(Weak::upgrade).collect()
         };
-        if std::ptr::eq(first.pool.as_ptr(), Arc::as_ptr(pool)) {
-            return false;
-        }
-        waiting.is_none_or(|own| first.since < own && now - first.since > YIELD_AFTER)
+        rivals
+            .iter()
+            .filter_map(|rival| rival.waiting_since())
+            .min()
     }
 
-    /// Offers what room there is along the line.
+    /// Offers what room there is to the pools in line, those first whose clients have waited longest.
     pub(super) fn serve(&self) {
         // Each pool at most once: one that goes on starving is back in line, and not to be asked for ever.
-        let mut turns = self.starving.load(Ordering::Relaxed);
-        while turns > 0 {
-            turns -= 1;
-            let next = {
+        let turns = self.starving.load(Ordering::Relaxed);
+        for _ in 0..turns {
+            let line = {
                 let mut state = self.lock();
                 // A login is enough for a pool that replaces a server.
                 if state.connecting >= state.bounds.connecting {
                     return;
                 }
-                let next = state.line.pop_front();
-                self.starving.store(state.line.len(), Ordering::Relaxed);
-                next
+                self.starving.store(0, Ordering::Relaxed);
+                std::mem::take(&mut state.line)
             };
-            let Some(starving) = next else { return };
-            if let Some(pool) = starving.pool.upgrade() {
-                pool.offer_room();
+            let line = line.iter().filter_map(Weak::upgrade);
+            let mut line: Vec<_> = line
+                .filter_map(|pool| Some((pool.waiting_since()?, pool)))
+                .collect();
+            line.sort_by_key(|(since, _)| *since);
+            let mut line = line.into_iter().map(|(_, pool)| pool);
+            let Some(first) = line.next() else { return };
+            {
+                let mut state = self.lock();
+                for pool in line {
+                    if !state.line.iter().any(|known| is(known, &pool)) {
+                        state.line.push(Arc::downgrade(&pool));
+                    }
+                }
+                self.starving.store(state.line.len(), Ordering::Relaxed);
             }
+            first.offer_room();
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn is(known: &Weak<Pool>, pool: &Arc<Pool>) -> bool {
+    std::ptr::eq(known.as_ptr(), Arc::as_ptr(pool))
 }
 
 impl State {

@@ -35,6 +35,8 @@ const CHECK_MAX: Duration = Duration::from_secs(2);
 const ABANDON_MAX: Duration = Duration::from_secs(5);
 /// A waiter that found the reserve used up asks again.
 const RESERVE_RETRY: Duration = Duration::from_millis(500);
+/// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
+const YIELD_AFTER: Duration = Duration::from_secs(1);
 /// Servers opened together are not to be closed together: each lives up to a tenth less than it may.
 const JITTER: u32 = 10;
 
@@ -486,12 +488,14 @@ impl Pool {
 
     /// The pool's clients wait for what its upstream has no room for.
     fn starve(self: &Arc<Self>) {
-        let Some(since) = lock(&self.books).shelf.waiting_since() else {
-            return;
-        };
-        if self.budget.starve(self, since) {
+        if self.budget.starve(self) {
             self.offer_room();
         }
+    }
+
+    /// Since when its first waiter waits.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        lock(&self.books).shelf.waiting_since()
     }
 
     /// Whoever waits gets what may be opened now.
@@ -499,19 +503,17 @@ impl Pool {
         loop {
             let offer = {
                 let mut ask = Ask(&self.budget);
-                let mut books = lock(&self.books);
-                let offer = books.shelf.offer(&mut ask);
-                (offer, books.shelf.waiting_since())
+                lock(&self.books).shelf.offer(&mut ask)
             };
             match offer {
-                (Offer::Nothing, _) | (Offer::Starved, None) => return,
-                (Offer::Starved, Some(since)) => {
-                    if !self.budget.starve(self, since) {
+                Offer::Nothing => return,
+                Offer::Starved => {
+                    if !self.budget.starve(self) {
                         return;
                     }
                 }
                 // A grant that nobody takes is dropped here, and its drop gives the slot back.
-                (Offer::Slot(waiter, room, old), _) => {
+                Offer::Slot(waiter, room, old) => {
                     drop(waiter.send(Grant::Slot(Slot::new(self, room, old))));
                 }
             }
@@ -520,13 +522,18 @@ impl Pool {
 
     /// Puts a server that is fit for anybody where it belongs.
     fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>) {
+        let now = server.conn.idle_since;
+        let rival = self.budget.rival_since(self);
         let put = {
             let mut books = lock(&self.books);
+            // To nobody here, or to somebody who has come much later.
+            let yields = |since: Instant| match books.shelf.waiting_since() {
+                None => true,
+                Some(own) => since < own && now.saturating_duration_since(since) > YIELD_AFTER,
+            };
             let unwanted = server.conn.record.close_needed()
-                || books.terms.is_old(&server.conn, server.conn.idle_since)
-                || self
-                    .budget
-                    .covets(self, books.shelf.waiting_since(), server.conn.idle_since);
+                || books.terms.is_old(&server.conn, now)
+                || rival.is_some_and(yields);
             if unwanted {
                 Put::Close(server)
             } else {
@@ -586,6 +593,18 @@ impl Pool {
             }
             dead || idle
         });
+        // A farewell, most likely: who has been terminated says so before the socket closes.
+        let speaking = lock(&self.books)
+            .shelf
+            .remove_idle(|server| matches!(peek(&server.conn), Peek::Speaks));
+        for server in speaking {
+            let mut checkout = Checkout::new(server, self);
+            self.common.control.spawn(async move {
+                if let Ok(Ok(())) = timeout(CHECK_MAX, reset::absorb(&mut checkout)).await {
+                    checkout.put_back();
+                }
+            });
+        }
     }
 
     /// So many servers are kept open while the pool has clients.

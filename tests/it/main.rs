@@ -12,6 +12,7 @@ mod demo;
 mod embedded;
 mod events;
 mod hostile;
+mod pools;
 mod protocol;
 mod reads;
 mod reload;
