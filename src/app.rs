@@ -38,6 +38,8 @@ const MEMO_BYTES: usize = 8 * 1024 * 1024;
 const READINESS_EVERY: Duration = Duration::from_secs(1);
 /// How long clients may take to be told that time is up.
 const FAREWELL_MAX: Duration = Duration::from_secs(3);
+/// How long clients still come in when another process takes over.
+const HANDOVER: Duration = Duration::from_secs(1);
 const STANDING_TIMER: Duration = Duration::from_secs(1);
 /// How long HTTP requests may take to end.
 const HTTP_GOODBYE: Duration = Duration::from_secs(2);
@@ -454,9 +456,14 @@ impl App {
                 drop(ended.await);
             }
         });
+        // Another process takes over: who is at the door of this one is let in yet, not sent away.
+        let mut handing_over = self.governor.live().config.listen.reuse_port;
         loop {
             let (running, patience) = match manner {
                 Manner::WhenClientsLeft => (Running::Leaving, None),
+                Manner::WhenServersFree | Manner::Drain if handing_over => {
+                    (Running::Leaving, Some(HANDOVER))
+                }
                 Manner::WhenServersFree => (Running::Draining, None),
                 Manner::Drain => {
                     let patience = self.governor.live().config.listen.drain_timeout;
@@ -470,6 +477,9 @@ impl App {
                 biased;
                 () = &mut all_ended => break,
                 () = sleep_until(now + patience.unwrap_or_default()), if patience.is_some() => {
+                    if std::mem::take(&mut handing_over) && manner < Manner::Now {
+                        continue;
+                    }
                     if manner == Manner::Now {
                         warn!("clients that did not take their farewell are cut off");
                         break;
