@@ -1,8 +1,10 @@
 //! Pools: how many servers there are and when, who gets one next, and who is told what while he waits. Against Postgres's own
 //! list of connections.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use flowgate::app::Hooks;
 use flowgate::config::Config;
 use tokio::time::timeout;
 use tokio_postgres::{AsyncMessage, Client};
@@ -272,8 +274,14 @@ async fn an_upstream_has_no_more_servers_than_it_bears_over_all_pools() {
     assert_eq!(open(&direct, &names).await, 3);
     let second = to(&dbs[1]).await;
     second.batch_execute("begin").await.unwrap();
-    assert_eq!(open(&direct, &names).await, 3);
-    assert_eq!(open(&direct, &[names[0]]).await, 2);
+    // Postgres takes a moment to see that a connection was closed.
+    wait_until("one has given way", PATIENCE, async || {
+        (
+            open(&direct, &names).await,
+            open(&direct, &[names[0]]).await,
+        ) == (3, 2)
+    })
+    .await;
     assert_eq!(proxy.metric("flowgate_servers_evicted_total"), 1);
     // All busy: the third waits, and is served by whoever comes back first, of whatever pool.
     for client in &first[..2] {
@@ -299,7 +307,11 @@ async fn an_upstream_has_no_more_servers_than_it_bears_over_all_pools() {
         timeout(PATIENCE, third).await.unwrap().unwrap(),
         dbs[2].name
     );
-    assert!(open(&direct, &names).await <= 3);
+    let servers = async || {
+        let upstream = row(&console, "SHOW UPSTREAMS", "upstream", "primary").await;
+        upstream["servers"].parse::<usize>().unwrap()
+    };
+    assert!(servers().await <= 3);
     // A pool that is never idle gives way to one that has waited longer than its own clients.
     let url = format!(
         "postgres://postgres@127.0.0.1:{}/{}",
@@ -329,7 +341,7 @@ async fn an_upstream_has_no_more_servers_than_it_bears_over_all_pools() {
     let mut most = 0;
     let answer = tokio::spawn(async move { text(&second, "select 'served'").await });
     wait_until("the other is served", PATIENCE, async || {
-        most = most.max(open(&direct, &names).await);
+        most = most.max(servers().await);
         answer.is_finished()
     })
     .await;
@@ -386,12 +398,10 @@ async fn a_smaller_pool_after_a_reload_is_smaller() {
         config.pool.size = 4.try_into().unwrap();
         config
     };
-    let next = std::sync::Arc::new(std::sync::Mutex::new(config.clone()));
-    let reread = std::sync::Arc::clone(&next);
-    let hooks = flowgate::app::Hooks {
-        reread: Some(std::sync::Arc::new(move || {
-            Ok(reread.lock().unwrap().clone())
-        })),
+    let next = Arc::new(Mutex::new(config.clone()));
+    let reread = Arc::clone(&next);
+    let hooks = Hooks {
+        reread: Some(Arc::new(move || Ok(reread.lock().unwrap().clone()))),
         set_log: None,
     };
     let proxy = Proxy::of_config(&config, &db.primary_url, hooks).await;
@@ -450,5 +460,127 @@ async fn host_names_are_followed() {
     })
     .await;
     assert_eq!(text(&client, "select pg_backend_pid()").await, pid);
+    proxy.shut_down().await;
+}
+
+/// Whatever an admin does meanwhile: nobody waits for ever, no bound is passed, and in the end the books are right.
+#[tokio::test]
+async fn clients_are_served_whatever_the_admin_does() {
+    let dbs = [
+        fresh_database().await,
+        fresh_database().await,
+        fresh_database().await,
+    ];
+    let names = dbs.each_ref().map(|db| db.name.as_str());
+    let direct = direct(&dbs[0]).await;
+    let config = {
+        let mut config = crate::support::proxy::config(&dbs[0].primary_url, &[]);
+        config.pool.size = 3.try_into().unwrap();
+        config.pool.reserve_size = 1;
+        config.pool.reserve_timeout = Duration::from_millis(50);
+        config.pool.max_server_connections = Some(4.try_into().unwrap());
+        config.pool.connects_at_once = 2.try_into().unwrap();
+        config.pool.server_lifetime = Duration::from_secs(1);
+        config
+    };
+    let next = Arc::new(Mutex::new(config.clone()));
+    let reread = Arc::clone(&next);
+    let hooks = Hooks {
+        reread: Some(Arc::new(move || Ok(reread.lock().unwrap().clone()))),
+        set_log: None,
+    };
+    let proxy = Proxy::of_config(&config, &dbs[0].primary_url, hooks).await;
+    let console = proxy.console().await;
+    let url = |db: &TestDb| format!("postgres://postgres@127.0.0.1:{}/{}", proxy.port, db.name);
+    let clients: Vec<_> = (0..15)
+        .map(|at| {
+            let url = url(&dbs[at % 3]);
+            tokio::spawn(async move {
+                for round in 0..40 {
+                    // Some come and go, some give up while they wait, some leave without a word.
+                    let client = connect(&url).await;
+                    for request in 0..4 {
+                        let asked = text(&client, "select 'served'");
+                        match (at + round + request) % 7 {
+                            0 => drop(timeout(Duration::from_millis(1), asked).await),
+                            1 => {
+                                let begun = client.batch_execute("begin; select pg_sleep(0.002)");
+                                begun.await.unwrap();
+                                client.batch_execute("commit").await.unwrap();
+                            }
+                            _ => assert_eq!(asked.await, "served"),
+                        }
+                    }
+                }
+            })
+        })
+        .collect();
+    let (mut turn, mut most) = (0, 0);
+    while !clients.iter().all(tokio::task::JoinHandle::is_finished) {
+        turn += 1;
+        match turn % 6 {
+            0 => {
+                console.batch_execute("pause").await.unwrap();
+                // Closed when PAUSE returns; Postgres takes a moment to see it.
+                let gone = async || open(&direct, &names).await == 0;
+                wait_until("no server is left", PATIENCE, gone).await;
+                console.batch_execute("resume").await.unwrap();
+            }
+            1 => console.batch_execute("reconnect").await.unwrap(),
+            2 => {
+                let bound = 2 + turn % 3;
+                next.lock().unwrap().pool.max_server_connections = Some(bound.try_into().unwrap());
+                next.lock().unwrap().pool.size = (1 + turn % 4).try_into().unwrap();
+                console.batch_execute("reload").await.unwrap();
+            }
+            3 => {
+                let one = format!("pause {}; resume {}", names[1], names[1]);
+                console.batch_execute(&one).await.unwrap();
+            }
+            _ => {
+                let upstream = row(&console, "SHOW UPSTREAMS", "upstream", "primary").await;
+                most = most.max(upstream["servers"].parse::<usize>().unwrap());
+                assert!(
+                    upstream["connecting"].parse::<usize>().unwrap() <= 2,
+                    "{upstream:?}"
+                );
+            }
+        }
+    }
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert!((1..=4).contains(&most), "{most} at once");
+    assert!(turn > 6, "the admin did something");
+    // All have left: what is counted is what is there, and a reconnect leaves nothing.
+    wait_until("the books agree with Postgres", PATIENCE, async || {
+        let upstream = row(&console, "SHOW UPSTREAMS", "upstream", "primary").await;
+        let there = open(&direct, &names).await.to_string();
+        upstream["servers"] == there && upstream["starving_pools"] == "0"
+    })
+    .await;
+    console
+        .batch_execute("reconnect; wait_close")
+        .await
+        .unwrap();
+    let upstream = row(&console, "SHOW UPSTREAMS", "upstream", "primary").await;
+    assert_eq!(
+        (
+            upstream["servers"].as_str(),
+            upstream["connecting"].as_str()
+        ),
+        ("0", "0")
+    );
+    for pool in table(&console, "SHOW POOLS").await {
+        for column in [
+            "cl_active",
+            "cl_waiting",
+            "sv_active",
+            "sv_idle",
+            "sv_login",
+        ] {
+            assert_eq!(pool[column], "0", "{column}: {pool:?}");
+        }
+    }
     proxy.shut_down().await;
 }
