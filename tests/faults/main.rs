@@ -7,6 +7,7 @@
 )]
 
 mod handover;
+mod pools;
 mod primary;
 mod proxy_killed;
 mod replica;
