@@ -145,6 +145,12 @@ impl CancelSlot {
         }
     }
 
+    /// Cancels on their way to a server, and whether the client has let that server go and waits for them to land.
+    pub(crate) fn in_flight(&self) -> (u32, bool) {
+        let held = lock(&self.held);
+        (held.in_flight, held.in_flight > 0 && held.server.is_none())
+    }
+
     /// Begins a wait for a server; cancels that arrive until it is dropped are this wait's.
     pub(crate) fn wait(&self) -> Wait<'_> {
         let mut held = lock(&self.held);

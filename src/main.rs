@@ -3,13 +3,16 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
+use flowgate::app::SetLog;
 #[cfg(feature = "demo")]
 use flowgate::commands::demo;
 use flowgate::commands::{check_config, install, serve};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// A Postgres proxy that understands pgflow.
@@ -37,7 +40,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Serve(args) => report(serve(args)),
         #[cfg(feature = "demo")]
-        Command::Demo(args) => match log_to_stderr(args.log()).and_then(|()| control_runtime()) {
+        Command::Demo(args) => match log_to_stderr(args.log()).and_then(|_| control_runtime()) {
             Ok(runtime) => runtime.block_on(demo::run(args)),
             Err(error) => report(Err(error)),
         },
@@ -50,9 +53,10 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: serve::ServeArgs) -> anyhow::Result<()> {
+    let reread = args.reread();
     let config = args.config()?;
-    log_to_stderr(&config.log)?;
-    control_runtime()?.block_on(serve::run(&config))
+    let set_log = log_to_stderr(&config.log)?;
+    control_runtime()?.block_on(serve::run(&config, reread, set_log))
 }
 
 fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -61,8 +65,10 @@ fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .build()?)
 }
 
-fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+/// Returns what changes the filter later.
+fn log_to_stderr(filter: &str) -> anyhow::Result<SetLog> {
     let targets: Targets = filter.parse()?;
+    let (targets, handle) = reload::Layer::new(targets);
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
@@ -71,7 +77,15 @@ fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
         .with(lines)
         .with(targets)
         .try_init()?;
-    Ok(())
+    Ok(Arc::new(move |filter: &str| {
+        let changed = filter
+            .parse()
+            .map_err(anyhow::Error::from)
+            .and_then(|targets: Targets| Ok(handle.reload(targets)?));
+        if let Err(error) = changed {
+            tracing::error!(%error, filter, "log.filter could not be changed");
+        }
+    }))
 }
 
 fn report(outcome: anyhow::Result<()>) -> ExitCode {

@@ -12,9 +12,14 @@ pub(crate) enum Role {
     Replica,
 }
 
+/// Numbers upstreams, the primary 0; a number never comes to stand for another Postgres.
+pub(crate) type UpstreamId = usize;
+pub(crate) const PRIMARY: UpstreamId = 0;
+
 /// A configured Postgres and what was last seen of it.
 #[derive(Debug)]
 pub(crate) struct Upstream {
+    pub(crate) id: UpstreamId,
     pub(crate) name: String,
     pub(crate) role: Role,
     pub(crate) url: ConnectUrl,
@@ -25,9 +30,13 @@ pub(crate) struct Upstream {
 }
 
 impl Upstream {
-    pub(crate) fn new(name: impl Into<String>, role: Role, url: ConnectUrl) -> Self {
-        let name = name.into();
+    pub(crate) fn new(id: UpstreamId, url: ConnectUrl) -> Self {
+        let (role, name) = match id {
+            PRIMARY => (Role::Primary, "primary".to_owned()),
+            replica => (Role::Replica, format!("replica-{replica}")),
+        };
         Self {
+            id,
             name,
             role,
             url,

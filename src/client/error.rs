@@ -2,11 +2,12 @@
 //! Postgres uses. Operator's words are `Display`; the client's stand here. (errcodes-appendix.html)
 
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 
 use super::proxy::ProxyError;
-use crate::pool::checkout::CheckoutError;
+use crate::pool::checkout::{CheckoutError, Counts};
 use crate::relay::RelayError;
 use crate::server::auth::AuthError;
 use crate::server::connect::ConnectError;
@@ -38,6 +39,8 @@ pub(crate) enum SessionError {
     ClientGone(#[from] io::Error),
     #[error("shutting down")]
     Shutdown,
+    #[error("ended by an admin")]
+    Killed,
     #[error("subscription ended: {0}")]
     Cut(String),
     /// Postgres has said its last word, and it was passed on.
@@ -70,7 +73,7 @@ impl SessionError {
                 "08P01",
                 "the database server sent a malformed message".to_owned(),
             ),
-            Self::Shutdown => fatal(
+            Self::Shutdown | Self::Killed => fatal(
                 "57P01",
                 "terminating connection due to administrator command".to_owned(),
             ),
@@ -118,6 +121,9 @@ pub(crate) fn no_server(error: &CheckoutError) -> ErrorResponse {
         CheckoutError::Cancelled => {
             ErrorResponse::error("57014", "canceling statement due to user request")
         }
+        CheckoutError::Gone => {
+            ErrorResponse::error("57P03", "the database server is not there any more")
+        }
         CheckoutError::Settings(error) => ErrorResponse::error(
             "57P03",
             "the session could not be continued on another server",
@@ -127,6 +133,16 @@ pub(crate) fn no_server(error: &CheckoutError) -> ErrorResponse {
         ))
         .with_hint("Reset the setting, or reconnect."),
     }
+}
+
+/// What a client is told while its request waits.
+pub(crate) fn still_waiting(waited: Duration, pool: Counts) -> ErrorResponse {
+    ErrorResponse::notice("the request is waiting for a server connection").with_detail(format!(
+        "It has waited {} s; the pool has {} connections, {} requests wait for one.",
+        waited.as_secs_f64().round(),
+        pool.open,
+        pool.waiting
+    ))
 }
 
 fn no_connection(error: &ConnectError) -> ErrorResponse {

@@ -13,7 +13,7 @@ use super::survey::Survey;
 use crate::classify::{Classifier, Effect};
 use crate::config::Reads;
 use crate::relay::Expected;
-use crate::server::conn::{ServerConn, ServerKey, Statements};
+use crate::server::conn::{ServerConn, ServerKey, ServerRecord, Statements};
 use crate::server::parameters::{Opening, Reported};
 use crate::server::settings::Settings;
 use crate::wire::frame::FrameError;
@@ -180,8 +180,10 @@ fn closed_server() -> ServerConn {
         database: String::new(),
         options: Vec::new(),
     };
+    let stream = Stream::new(Transport::Gone);
     ServerConn {
-        stream: Stream::new(Transport::Gone),
+        record: Arc::new(ServerRecord::new(0, 0, &stream, now)),
+        stream,
         key: Arc::new(ServerKey {
             host: "".into(),
             port: 0,

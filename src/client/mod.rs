@@ -8,12 +8,14 @@ mod entrance;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
+pub(crate) mod live;
 mod peers;
 mod prepared;
 mod proxy;
 mod replication;
 mod reply;
 mod request;
+pub(crate) mod roster;
 mod run_tokens;
 mod session;
 pub(crate) mod shared;

@@ -165,6 +165,11 @@ impl Prepared {
         }
     }
 
+    /// Named ones.
+    pub(super) fn len(&self) -> usize {
+        self.named.len()
+    }
+
     pub(super) fn forget(&mut self, name: &[u8]) {
         self.named.remove(name);
     }

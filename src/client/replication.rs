@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::error::{SessionError, login_refused};
-use super::shared::Running;
+use super::live::{Running, Standing};
 use crate::cancel::CancelKey;
 use crate::config::{self, ConnectUrl};
 use crate::metrics::{Counter, Gauge, Registry};
@@ -33,6 +33,7 @@ pub(crate) struct Replications {
     connector: Connector,
     /// Who is trusted here as the control role logs in as it there.
     control_role: (String, Credentials),
+    connect_timeout: Duration,
     places: Arc<Semaphore>,
     most: usize,
     counters: Counters,
@@ -59,8 +60,9 @@ impl Replications {
             registry.counter("flowgate_replication_bytes_total", help, &[("from", from)])
         };
         Ok(Self {
-            connector: Connector::new(primary, connect_timeout)?,
+            connector: Connector::new(primary, Arc::default())?,
             control_role: (primary.user.clone(), Credentials::of_control_role(primary)),
+            connect_timeout,
             places: Arc::new(Semaphore::new(settings.max_connections)),
             most: settings.max_connections,
             counters: Counters {
@@ -107,9 +109,9 @@ impl Replications {
             Credentials::None if *control_role == opening.user => password,
             _ => credentials,
         };
-        let connect = self
-            .connector
-            .connect(opening, application_name, credentials);
+        let connect =
+            self.connector
+                .connect(opening, application_name, credentials, self.connect_timeout);
         let server = Box::pin(connect)
             .await
             .map_err(|error| login_refused(CheckoutError::Connect(error)))?;
@@ -195,18 +197,18 @@ impl ReplicationSession {
     /// Passes bytes until either side closes, or a shutdown ends it.
     pub(super) async fn run(
         &mut self,
-        mut running: watch::Receiver<Running>,
+        mut standing: watch::Receiver<Standing>,
     ) -> Result<(), SessionError> {
         loop {
-            self.leave = match *running.borrow_and_update() {
-                Running::Serving => Leave::No,
+            self.leave = match standing.borrow_and_update().running {
+                Running::Serving | Running::Leaving => Leave::No,
                 Running::Draining => Leave::AtRest,
                 Running::Stopping => Leave::Now,
             };
             tokio::select! {
                 biased;
                 ended = poll_fn(|cx| self.poll_pass(cx)) => return ended,
-                changed = running.changed() => if changed.is_err() {
+                changed = standing.changed() => if changed.is_err() {
                     return Err(SessionError::Shutdown);
                 },
             }

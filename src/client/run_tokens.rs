@@ -109,6 +109,14 @@ impl RunTokens {
         }
     }
 
+    /// The runs remembered: from when on reads of them must be fresh, and how many writes are under way.
+    pub(crate) fn report(&self) -> Vec<(Uuid, Instant, u32)> {
+        let state = self.lock();
+        let runs = state.runs.iter();
+        runs.map(|(id, token)| (*id, token.since, token.writing))
+            .collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Tokens> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

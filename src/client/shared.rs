@@ -4,77 +4,102 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
-use super::entrance::Entrance;
+use super::live::{Live, Standing};
 use super::peers::Peers;
 use super::prepared::StatementRegistry;
 use super::replication::Replications;
+use super::roster::Roster;
 use super::run_tokens::RunTokens;
 use super::state::{PIN_REASONS, PinReason, Pins};
-use super::verifiers::Verifiers;
 use crate::cancel::CancelRegistry;
-use crate::classify::Classifier;
-use crate::config::{self, PoolMode};
 use crate::events::Hubs;
 use crate::metrics::{Counter, Gauge, Registry};
-use crate::pool::checkout::{ClientIds, Pools};
-use crate::pool::probe::Freshness;
-use crate::route::RouteSettings;
-use crate::upstream::Upstream;
+use crate::pool::checkout::ClientIds;
+use crate::pool::pools::Pools;
 
-/// How far a shutdown has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Running {
-    Serving,
-    /// No new clients, no new transactions.
-    Draining,
-    /// Time is up for what is still open.
-    Stopping,
+/// What the console asks of whoever runs the process.
+pub(crate) enum Order {
+    /// Reads the configuration again.
+    Reload(oneshot::Sender<Result<Reloaded, NotReloaded>>),
+    Shutdown(Manner),
+}
+
+/// How to end, the most patient first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Manner {
+    /// No new clients; the end comes when the last one leaves.
+    WhenClientsLeft,
+    /// No new clients, no new transactions; the end comes with the last transaction's.
+    WhenServersFree,
+    /// As before, but for no longer than `listen.drain_timeout`.
+    Drain,
+    Now,
+}
+
+/// A reload took place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reloaded {
+    /// Keys that differ and keep their old values until a restart.
+    pub need_restart: Vec<&'static str>,
+}
+
+/// Nothing was changed: every reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotReloaded {
+    pub problems: Vec<String>,
 }
 
 pub(crate) struct Shared {
-    pub(crate) listen: config::Listen,
-    pub(crate) pool_mode: PoolMode,
-    /// The one in force; each connection takes it once.
-    pub(crate) entrance: watch::Receiver<Arc<Entrance>>,
-    pub(crate) verifiers: Verifiers,
+    /// Whether we go on, and by what configuration.
+    pub(crate) standing: watch::Receiver<Standing>,
+    pub(crate) orders: mpsc::Sender<Order>,
     pub(crate) pools: Arc<Pools>,
     pub(crate) cancels: Arc<CancelRegistry>,
     pub(crate) peers: Peers,
     pub(crate) replications: Replications,
     pub(crate) clients: ClientIds,
+    pub(crate) roster: Arc<Roster>,
     pub(crate) seats: Seats,
-    pub(crate) classifier: Classifier,
     pub(crate) statements: StatementRegistry,
     pub(crate) hubs: Arc<Hubs>,
-    /// `None`: no replicas.
-    pub(crate) freshness: Option<Freshness>,
-    /// The primary, then the replicas.
-    pub(crate) upstreams: Vec<Arc<Upstream>>,
     pub(crate) runs: Arc<RunTokens>,
     /// When the proxy was started.
     pub(crate) started: tokio::time::Instant,
-    pub(crate) route: RouteSettings,
-    pub(crate) replica_wait: std::time::Duration,
     /// Some client has asked for the value it drew from a sequence.
     pub(crate) asks_for_draws: AtomicBool,
     pub(crate) counters: Counters,
-    pub(crate) running: watch::Receiver<Running>,
+}
+
+impl Shared {
+    /// The configuration in force. Sessions keep one; this is for what happens once a connection.
+    pub(crate) fn live(&self) -> Arc<Live> {
+        Arc::clone(&self.standing.borrow().live)
+    }
 }
 
 /// Places for clients, `pool.max_clients` of them.
 pub(crate) struct Seats {
     taken: AtomicUsize,
-    places: usize,
+    places: AtomicUsize,
 }
 
 impl Seats {
     pub(crate) fn new(places: usize) -> Self {
         Self {
             taken: AtomicUsize::new(0),
-            places,
+            places: AtomicUsize::new(places),
         }
+    }
+
+    /// From now on; who has a seat keeps it.
+    pub(crate) fn resize(&self, places: usize) {
+        self.places.store(places, Ordering::Relaxed);
+    }
+
+    pub(crate) fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// A seat, unless all are taken.
@@ -83,7 +108,7 @@ impl Seats {
         let taken = seats.taken.fetch_add(1, Ordering::Relaxed);
         shared.counters.clients.add(1);
         let seat = Seat(Arc::clone(shared));
-        (taken < seats.places).then_some(seat)
+        (taken < seats.places.load(Ordering::Relaxed)).then_some(seat)
     }
 }
 

@@ -13,12 +13,14 @@ use tracing::{debug, info};
 use super::access::{self, Verdict, Visitor};
 use super::auth;
 use super::console;
+use super::console::Admitted;
 use super::entrance::Entrance;
 use super::error::{SessionError, login_refused};
+use super::live::{ConsoleRole, Running};
 use super::proxy::{self, ProxyError};
 use super::replication::{Place, ReplicationSession};
 use super::session::{LoggedIn, Session};
-use super::shared::{Running, Seats, Shared};
+use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
 use crate::config::{ClientTls, PoolMode};
 use crate::pool::checkout::Wish;
@@ -39,6 +41,8 @@ use crate::wire::stream::{Stream, Transport};
 const CONSOLE: &str = "flowgate";
 /// A TLS ClientHello's first byte: direct TLS, without an SSLRequest.
 const TLS_HANDSHAKE: u8 = 0x16;
+/// How long a login under way may go on once a shutdown has begun.
+const DOORSTEP_MAX: Duration = Duration::from_secs(1);
 /// A client that gets its farewell has this long to take it.
 const FAREWELL_MAX: Duration = Duration::from_secs(2);
 const SECRET_LEN: usize = 4;
@@ -48,28 +52,31 @@ const SECRET_LEN_3_2: usize = 32;
 /// A client's whole life.
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
-    let within = shared.listen.login_timeout;
-    let entrance = Arc::clone(&shared.entrance.borrow());
+    let live = shared.live();
+    let within = live.config.listen.login_timeout;
     let mut caller = Caller {
         address: peer,
-        entrance,
+        entrance: Arc::clone(&live.entrance),
         end_point: None,
     };
+    drop(live);
     let arrive = Box::pin(arrive(tcp, &mut caller, &shared, seat.is_some()));
     let arrival = tokio::select! {
         biased;
         arrival = timeout(within, arrive) => arrival,
         // Nobody who is still on the doorstep is worth waiting for.
-        () = until(&shared, |state| state != Running::Serving) => return,
+        () = turned_away(&shared) => return,
     };
     // Whom the balancer before us has named, if there is one.
     let peer = caller.address;
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
+            let entry = Arc::clone(session.entry());
             let ended = tokio::select! {
                 biased;
                 ended = session.run() => ended,
-                () = until(&shared, |state| state == Running::Stopping) => Err(SessionError::Shutdown),
+                () = until(&shared, Running::Stopping) => Err(SessionError::Shutdown),
+                () = entry.killed() => Err(SessionError::Killed),
             };
             if let Err(error) = &ended {
                 note(peer, error, &shared);
@@ -77,10 +84,11 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
                     farewell(&mut session.client, error).await;
                 }
             }
+            drop(entry);
             session.part().await;
         }
         Ok(Ok(Arrival::Replication(mut session))) => {
-            if let Err(error) = Box::pin(session.run(shared.running.clone())).await {
+            if let Err(error) = Box::pin(session.run(shared.standing.clone())).await {
                 note(peer, &error, &shared);
                 if !session.is_mid_message() {
                     farewell(&mut session.client, &error).await;
@@ -90,11 +98,11 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
                 debug!(%peer, "client of a replication connection did not take all there was");
             }
         }
-        Ok(Ok(Arrival::Console(mut client))) => {
+        Ok(Ok(Arrival::Console(mut client, admitted))) => {
             let ended = tokio::select! {
                 biased;
-                ended = console::serve(&mut client, &shared) => ended,
-                () = until(&shared, |state| state != Running::Serving) => Err(SessionError::Shutdown),
+                ended = console::serve(&mut client, &shared, &admitted) => ended,
+                () = alone(&shared) => Err(SessionError::Shutdown),
             };
             if let Err(error) = ended {
                 debug!(%peer, %error, "console client left");
@@ -116,10 +124,29 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     }
 }
 
-async fn until(shared: &Shared, reached: impl Fn(Running) -> bool) {
-    let mut running = shared.running.clone();
+async fn until(shared: &Shared, reached: Running) {
+    let mut standing = shared.standing.clone();
     // An error means that the sender is gone, and the process with it.
-    drop(running.wait_for(|state| reached(*state)).await);
+    drop(
+        standing
+            .wait_for(|standing| standing.running >= reached)
+            .await,
+    );
+}
+
+/// A shutdown waits no longer for somebody on the doorstep.
+async fn turned_away(shared: &Shared) {
+    until(shared, Running::Draining).await;
+    tokio::time::sleep(DOORSTEP_MAX).await;
+}
+
+/// A shutdown waits for nobody but the console.
+async fn alone(shared: &Shared) {
+    until(shared, Running::Leaving).await;
+    tokio::select! {
+        () = until(shared, Running::Draining) => {}
+        () = shared.roster.only_console() => {}
+    }
 }
 
 /// Who is on the doorstep, as far as is known.
@@ -133,7 +160,7 @@ struct Caller {
 enum Arrival {
     Session(Box<Session>),
     Replication(Box<ReplicationSession>),
-    Console(Stream),
+    Console(Stream, Box<Admitted>),
     /// A cancel request, or somebody who just looked in.
     Nothing,
 }
@@ -161,7 +188,7 @@ async fn arrive(
     };
     match introduce(&mut client, caller, shared, seated).await {
         Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
-        Ok(Introduced::Console) => Ok(Arrival::Console(client)),
+        Ok(Introduced::Console(admitted)) => Ok(Arrival::Console(client, admitted)),
         Ok(Introduced::Replication(server)) => {
             let (server, key, place) = *server;
             let session = ReplicationSession::new(client, server, key, place);
@@ -175,7 +202,7 @@ async fn arrive(
                 application_name: login.application_name,
                 key: login.key,
                 reported: login.reported,
-                session_mode: shared.pool_mode == PoolMode::Session,
+                session_mode: shared.live().config.pool.mode == PoolMode::Session,
             };
             Ok(Arrival::Session(Box::new(Session::new(
                 login,
@@ -222,7 +249,7 @@ async fn encrypt(tcp: TcpStream, caller: &mut Caller) -> Result<Stream, SessionE
 
 enum Introduced {
     Nothing,
-    Console,
+    Console(Box<Admitted>),
     Replication(Box<(ServerConn, CancelKey, Place)>),
     User(Box<User>),
 }
@@ -267,9 +294,10 @@ async fn introduce(
         shared.counters.refused_full.inc();
         return Err(refused("53300", "sorry, too many clients already"));
     }
-    if *shared.running.borrow() != Running::Serving {
+    if shared.standing.borrow().running >= Running::Draining {
         return Err(refused("57P03", "the database system is shutting down"));
     }
+    let live = shared.live();
     let encrypted = !matches!(client.transport(), Transport::Plain(_));
     if caller.entrance.tls == ClientTls::Require && !encrypted {
         return Err(refused("28000", "connection requires TLS"));
@@ -295,11 +323,23 @@ async fn introduce(
         return Ok(Introduced::Replication(Box::new((*server, key, place))));
     }
     if login.opening.database == CONSOLE {
+        let Some(role) = ConsoleRole::of(&login.opening.user, &live.config) else {
+            return Err(SessionError::Refused(Box::new(console::refusal())));
+        };
+        let id = shared.clients.next();
+        let key = shared.cancels.issue(console::pid(id), SECRET_LEN)?;
         put_authentication(&mut client.output, 0, &[]);
-        console::put_greeting(&mut client.output);
+        console::put_greeting(&mut client.output, &key);
         client.flush().await?;
-        return Ok(Introduced::Console);
+        let admitted = Admitted::new(role, id, key, &login.opening, &login.application_name);
+        return Ok(Introduced::Console(Box::new(admitted)));
     }
+    if shared.pools.is_disabled(&login.opening.database) {
+        let database = &login.opening.database;
+        let message = format!("database \"{database}\" is not currently accepting connections");
+        return Err(refused("55000", &message));
+    }
+    drop(live);
     shared.pools.share_credentials(&login.opening, &credentials);
     let pool = shared.pools.pool(&login.opening, 0);
     let id = shared.clients.next();
@@ -352,6 +392,7 @@ async fn authenticate(
     shared: &Shared,
     login: &Login,
 ) -> Result<Credentials, SessionError> {
+    let live = shared.live();
     let user = &login.opening.user;
     let visitor = Visitor {
         address: caller.address.ip(),
@@ -364,9 +405,9 @@ async fn authenticate(
         Verdict::Trust => return Ok(Credentials::None),
         Verdict::Scram => {
             let end_point = caller.end_point.as_deref();
-            return auth::scram(client, &shared.verifiers, user, end_point).await;
+            return auth::scram(client, &live.verifiers, user, end_point).await;
         }
-        Verdict::Cert(name) => return auth::certificate(client, &shared.verifiers, name, user),
+        Verdict::Cert(name) => return auth::certificate(client, &live.verifiers, name, user),
         Verdict::Rejected => access::rejected(&visitor),
         Verdict::NoRule => access::no_rule(&visitor),
     };

@@ -45,6 +45,15 @@ impl Pins {
         1 << reason as u8
     }
 
+    /// For where only a number can be kept.
+    pub(crate) fn bits(self) -> u16 {
+        self.0
+    }
+
+    pub(crate) fn of_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+
     pub(crate) fn contains(self, reason: PinReason) -> bool {
         self.0 & Self::bit(reason) != 0
     }

@@ -48,13 +48,39 @@ struct Secret {
 
 impl Verifiers {
     pub(crate) fn new(auth: &config::Auth, control: &ConnectUrl) -> Result<Self, VerifierError> {
+        let mut mock_secret = [0; 32];
+        getrandom::fill(&mut mock_secret)
+            .map_err(|e| VerifierError::File(std::io::Error::other(e)))?;
+        Self::with(auth, control, mock_secret)
+    }
+
+    /// Reads the file anew. The salts of users who do not exist stay what they were, as those of users who do.
+    pub(crate) fn renewed(
+        &self,
+        auth: &config::Auth,
+        control: &ConnectUrl,
+    ) -> Result<Self, VerifierError> {
+        let mut renewed = Self::with(auth, control, self.mock_secret)?;
+        for (user, secret) in &mut renewed.file {
+            if let Some(before) = self.file.get(user)
+                && secret.password.is_some()
+                && before.password == secret.password
+            {
+                secret.verifier = before.verifier.clone();
+            }
+        }
+        Ok(renewed)
+    }
+
+    fn with(
+        auth: &config::Auth,
+        control: &ConnectUrl,
+        mock_secret: [u8; 32],
+    ) -> Result<Self, VerifierError> {
         let file = match &auth.users_file {
             Some(path) => read_users(path)?,
             None => HashMap::new(),
         };
-        let mut mock_secret = [0; 32];
-        getrandom::fill(&mut mock_secret)
-            .map_err(|e| VerifierError::File(std::io::Error::other(e)))?;
         Ok(Self {
             file,
             control: control.clone(),
@@ -84,22 +110,19 @@ impl Verifiers {
             .unwrap_or_else(|_late| Err(VerifierError::Query("no answer in time".into())))
     }
 
+    /// Whether Postgres has a database of that name.
+    pub(super) async fn has_database(&self, name: &str) -> Result<bool, VerifierError> {
+        const DATABASE: &str =
+            "select from pg_catalog.pg_database where datname = $1 and not datistemplate";
+        let asked = self.row(DATABASE, name);
+        let row = timeout(QUERY_MAX, asked)
+            .await
+            .unwrap_or_else(|_late| Err(VerifierError::Query("no answer in time".into())))?;
+        Ok(row.is_some())
+    }
+
     async fn ask(&self, user: &str) -> Result<Option<Verifier>, VerifierError> {
-        let mut held = self.client.lock().await;
-        let client = match held.take().filter(|client| !client.is_closed()) {
-            Some(client) => client,
-            None => {
-                let dialled = control::dial(&self.control, APPLICATION, QUERY_MAX).await;
-                let (client, connection) =
-                    dialled.map_err(|error| VerifierError::Query(error.to_string()))?;
-                // Ends with the client; an error shows at the next query.
-                tokio::spawn(async move { drop(connection.await) });
-                client
-            }
-        };
-        let answer = client.query_opt(&self.query, &[&user]).await;
-        let row = answer.map_err(|error| VerifierError::Query(error.to_string()))?;
-        *held = Some(client);
+        let row = self.row(&self.query, user).await?;
         let secret = row
             .map(|row| row.try_get::<_, Option<String>>(1))
             .transpose();
@@ -116,6 +139,29 @@ impl Verifiers {
             }
             verifier
         }))
+    }
+
+    async fn row(
+        &self,
+        query: &str,
+        name: &str,
+    ) -> Result<Option<tokio_postgres::Row>, VerifierError> {
+        let mut held = self.client.lock().await;
+        let client = match held.take().filter(|client| !client.is_closed()) {
+            Some(client) => client,
+            None => {
+                let dialled = control::dial(&self.control, APPLICATION, QUERY_MAX).await;
+                let (client, connection) =
+                    dialled.map_err(|error| VerifierError::Query(error.to_string()))?;
+                // Ends with the client; an error shows at the next query.
+                tokio::spawn(async move { drop(connection.await) });
+                client
+            }
+        };
+        let answer = client.query_opt(query, &[&name]).await;
+        let row = answer.map_err(|error| VerifierError::Query(error.to_string()))?;
+        *held = Some(client);
+        Ok(row)
     }
 }
 

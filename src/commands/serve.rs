@@ -1,16 +1,18 @@
 //! `flowgate serve`: Config → app → run until a signal → drain.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::app;
+use crate::app::{self, Hooks, Manner, Reread, RereadError, SetLog};
 use crate::config::{self, Config, Flags};
 
 /// The flags that override file and environment.
-#[derive(Args, Default)]
+#[derive(Args, Clone, Default)]
 pub struct ServeArgs {
     /// TOML file; every key is in config/flowgate.toml
     #[arg(long)]
@@ -54,21 +56,64 @@ impl ServeArgs {
         };
         Ok(config::from_sources(file, config::environment(), flags)?)
     }
+
+    /// The same again, whenever it is asked for.
+    pub fn reread(&self) -> Reread {
+        let args = self.clone();
+        Arc::new(move || {
+            args.clone()
+                .config()
+                .map_err(|error| match error.downcast() {
+                    Ok(problems) => RereadError::Config(problems),
+                    Err(error) => RereadError::File(format!("{error:#}")),
+                })
+        })
+    }
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Serves until SIGTERM or SIGINT.
-pub async fn run(config: &Config) -> anyhow::Result<()> {
+/// Serves until SIGTERM, SIGINT or an admin's SHUTDOWN; SIGHUP reloads. A second signal ends a drain at once.
+pub async fn run(config: &Config, reread: Reread, set_log: SetLog) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
-    let app = app::start(config).await?;
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+    let mut hang_up = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
+    let hooks = Hooks {
+        reread: Some(reread),
+        set_log: Some(set_log),
+    };
+    let app = app::start_with(config, hooks).await?;
+    let ending = app.ending();
+    let mut manner = loop {
+        tokio::select! {
+            _ = terminate.recv() => {
+                tracing::info!("SIGTERM: draining");
+                break Manner::Drain;
+            }
+            _ = interrupt.recv() => {
+                tracing::info!("SIGINT: draining");
+                break Manner::Drain;
+            }
+            manner = ending.asked() => break manner,
+            // What came of it is in the log.
+            _ = hang_up.recv() => drop(app.reload().await),
+        }
+    };
+    let mut end = pin!(app.shut_down_as(manner));
+    loop {
+        tokio::select! {
+            () = &mut end => return Ok(()),
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        manner = if manner < Manner::Drain {
+            Manner::Drain
+        } else {
+            Manner::Now
+        };
+        tracing::info!(?manner, "another signal");
+        ending.ask(manner);
     }
-    app.shut_down().await;
-    Ok(())
 }

@@ -13,9 +13,9 @@ use super::layers::{Layers, Source};
 use super::raw::{self, Span};
 use super::{
     AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
-    ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, DatabaseName, Events, Flags,
-    Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol, Reads,
-    Replication, Route, Secret, Shed, Wake,
+    ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, Console, DatabaseName,
+    Events, Flags, Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol,
+    Reads, Replication, Route, Secret, Shed, Wake,
 };
 
 const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
@@ -63,6 +63,21 @@ pub fn from_sources(
     }
 }
 
+/// What holds when nothing is said but where the primary is.
+pub fn defaults(primary: &ConnectUrl) -> Config {
+    let mut check = Check {
+        sources: BTreeMap::new(),
+        problems: Vec::new(),
+    };
+    let url = Some(primary.to_string());
+    let raw = raw::File {
+        primary: raw::Upstream { url },
+        ..raw::File::default()
+    };
+    let config = check.config(raw);
+    config.expect("a URL is read as it was written, and every default is in range")
+}
+
 /// Goes through the sections; a value refused is noted and stands at its default, so that the rest is checked too.
 struct Check {
     sources: BTreeMap<String, Source>,
@@ -83,6 +98,7 @@ impl Check {
         let access = access
             .map(|(index, rule)| self.access(index, rule, &listen, &auth))
             .collect();
+        let console = self.console(raw.console, primary.as_ref());
         let pool = self.pool(raw.pool);
         let most = self.number(
             "replication.max_connections",
@@ -125,6 +141,7 @@ impl Check {
             replicas,
             auth,
             access,
+            console,
             pool,
             replication,
             cluster,
@@ -220,6 +237,7 @@ impl Check {
             proxy_protocol,
             proxy_protocol_from,
             threads: self.count("listen.threads", raw.threads, 1, 1..=256),
+            reuse_port: raw.reuse_port.unwrap_or(false),
             login_timeout: self.span(
                 "listen.login_timeout",
                 raw.login_timeout,
@@ -458,22 +476,80 @@ impl Check {
         }
     }
 
+    fn console(&mut self, raw: raw::Console, primary: Option<&ConnectUrl>) -> Console {
+        let control_role = || primary.map(|url| url.user.clone()).into_iter().collect();
+        let console = Console {
+            admin_users: raw.admin_users.unwrap_or_else(control_role),
+            stats_users: raw.stats_users.unwrap_or_default(),
+        };
+        for (key_path, users) in [
+            ("console.admin_users", &console.admin_users),
+            ("console.stats_users", &console.stats_users),
+        ] {
+            if users.iter().any(String::is_empty) {
+                self.problem(key_path, "has an empty name");
+            }
+        }
+        if let Some(both) = console
+            .stats_users
+            .iter()
+            .find(|user| console.admin_users.contains(user))
+        {
+            self.problem(
+                "console.stats_users",
+                format!("has `{both}`, who is one of console.admin_users already"),
+            );
+        }
+        console
+    }
+
     fn pool(&mut self, raw: raw::Pool) -> Pool {
+        let modes = [
+            ("transaction", PoolMode::Transaction),
+            ("session", PoolMode::Session),
+        ];
+        let mode = self.word("pool.mode", raw.mode, &modes);
+        let size = self.count("pool.size", raw.size, 20, 1..=10_000);
+        let min_size = self.amount("pool.min_size", raw.min_size, 0, 0..=10_000);
+        if min_size > size.get() {
+            self.problem("pool.min_size", format!("is more than pool.size, {size}"));
+        }
+        let max_server_connections = self.amount(
+            "pool.max_server_connections",
+            raw.max_server_connections,
+            0,
+            0..=1_000_000,
+        );
+        let checkout_timeout = self.span(
+            "pool.checkout_timeout",
+            raw.checkout_timeout,
+            30 * SECOND,
+            10 * MS..=HOUR,
+        );
         Pool {
-            mode: self.word(
-                "pool.mode",
-                raw.mode,
-                &[
-                    ("transaction", PoolMode::Transaction),
-                    ("session", PoolMode::Session),
-                ],
+            mode,
+            size,
+            min_size,
+            reserve_size: self.amount("pool.reserve_size", raw.reserve_size, 0, 0..=10_000),
+            reserve_timeout: self.span(
+                "pool.reserve_timeout",
+                raw.reserve_timeout,
+                5 * SECOND,
+                10 * MS..=HOUR,
             ),
-            size: self.count("pool.size", raw.size, 20, 1..=10_000),
+            max_server_connections: NonZeroUsize::new(max_server_connections),
+            connects_at_once: self.count(
+                "pool.connects_at_once",
+                raw.connects_at_once,
+                10,
+                1..=10_000,
+            ),
             max_clients: self.count("pool.max_clients", raw.max_clients, 1000, 1..=1_000_000),
-            checkout_timeout: self.span(
-                "pool.checkout_timeout",
-                raw.checkout_timeout,
-                30 * SECOND,
+            checkout_timeout,
+            notice_after: self.span_or_off(
+                "pool.notice_after",
+                raw.notice_after,
+                Some(5 * SECOND),
                 10 * MS..=HOUR,
             ),
             connect_timeout: self.span(
@@ -494,6 +570,13 @@ impl Check {
                 HOUR,
                 SECOND..=30 * DAY,
             ),
+            server_check: self.span_or_off(
+                "pool.server_check",
+                raw.server_check,
+                Some(30 * SECOND),
+                10 * MS..=DAY,
+            ),
+            dns_ttl: self.span_or_off("pool.dns_ttl", raw.dns_ttl, Some(15 * SECOND), SECOND..=DAY),
         }
     }
 
@@ -661,9 +744,18 @@ impl Check {
         default: u64,
         range: RangeInclusive<u64>,
     ) -> NonZeroUsize {
-        let count =
-            usize::try_from(self.number(key_path, raw, default, range)).unwrap_or(usize::MAX);
+        let count = self.amount(key_path, raw, default, range);
         NonZeroUsize::new(count).expect("every range of a count starts above zero")
+    }
+
+    fn amount(
+        &mut self,
+        key_path: &str,
+        raw: Option<i64>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> usize {
+        usize::try_from(self.number(key_path, raw, default, range)).unwrap_or(usize::MAX)
     }
 
     fn millis(
@@ -829,7 +921,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
 }
 
 /// The other way: in the largest unit that leaves no rest.
-fn spell(span: Duration) -> String {
+pub(super) fn spell(span: Duration) -> String {
     let millis = span.as_millis();
     let units = [
         (86_400_000, "d"),

@@ -3,6 +3,7 @@
 
 mod check;
 mod cidr;
+mod keys;
 mod layers;
 mod raw;
 #[cfg(test)]
@@ -15,8 +16,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::check::from_sources;
+pub use self::check::{defaults, from_sources};
 pub use self::cidr::Cidr;
+pub use self::keys::{Key, live_part, need_restart, shown};
 pub use self::layers::{ConfigError, Flags, Problem, Source, environment};
 // `self::`: the crate of that name is in scope too.
 pub use self::url::{ChannelBinding, ConnectUrl, ConnectUrlError, SslMode, SslNegotiation};
@@ -30,6 +32,7 @@ pub struct Config {
     pub auth: Auth,
     /// First match wins, no match is refused. Empty: `auth.method` for everybody.
     pub access: Vec<AccessRule>,
+    pub console: Console,
     pub pool: Pool,
     pub replication: Replication,
     pub cluster: Cluster,
@@ -60,6 +63,8 @@ pub struct Listen {
     pub proxy_protocol_from: Vec<Cidr>,
     /// Data-plane threads, each a whole runtime with its own acceptor.
     pub threads: NonZeroUsize,
+    /// Other processes may listen on the same addresses, to take over without a gap.
+    pub reuse_port: bool,
     /// From accept to ReadyForQuery of the login.
     pub login_timeout: Duration,
     /// SIGTERM: how long transactions may go on.
@@ -173,17 +178,41 @@ pub struct Cluster {
     pub forwards_max: NonZeroUsize,
 }
 
+/// `[console]`: who may log in to database `flowgate`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Console {
+    /// May run every command. The control role's user, unless said otherwise.
+    pub admin_users: Vec<String>,
+    /// May SHOW.
+    pub stats_users: Vec<String>,
+}
+
 /// `[pool]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pool {
     pub mode: PoolMode,
     /// Server connections per (database, user, upstream).
     pub size: NonZeroUsize,
+    /// Kept open while the pool has clients; at most `size`.
+    pub min_size: usize,
+    /// So many more for those who have waited `reserve_timeout`.
+    pub reserve_size: usize,
+    pub reserve_timeout: Duration,
+    /// Over all pools of an upstream. `None`: no bound.
+    pub max_server_connections: Option<NonZeroUsize>,
+    /// Logins to an upstream under way at once.
+    pub connects_at_once: NonZeroUsize,
     pub max_clients: NonZeroUsize,
     pub checkout_timeout: Duration,
+    /// A client that has waited so long for a server is told. `None`: never.
+    pub notice_after: Option<Duration>,
     pub connect_timeout: Duration,
     pub server_idle: Duration,
     pub server_lifetime: Duration,
+    /// A server idle for longer is asked whether it still answers before it is lent. `None`: its socket alone is looked at.
+    pub server_check: Option<Duration>,
+    /// How often host names are looked up anew. `None`: only when a connection is made.
+    pub dns_ttl: Option<Duration>,
 }
 
 /// `pool.mode`

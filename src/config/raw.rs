@@ -20,6 +20,7 @@ pub(super) struct File {
     pub(super) replica: Vec<Upstream>,
     pub(super) auth: Auth,
     pub(super) access: Vec<Access>,
+    pub(super) console: Console,
     pub(super) pool: Pool,
     pub(super) replication: Replication,
     pub(super) cluster: Cluster,
@@ -45,6 +46,7 @@ pub(super) struct Listen {
     pub(super) proxy_protocol: Option<String>,
     pub(super) proxy_protocol_from: Option<Vec<String>>,
     pub(super) threads: Option<i64>,
+    pub(super) reuse_port: Option<bool>,
     pub(super) login_timeout: Option<Span>,
     pub(super) drain_timeout: Option<Span>,
 }
@@ -93,14 +95,29 @@ pub(super) struct Cluster {
 
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
+pub(super) struct Console {
+    pub(super) admin_users: Option<Vec<String>>,
+    pub(super) stats_users: Option<Vec<String>>,
+}
+
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct Pool {
     pub(super) mode: Option<String>,
     pub(super) size: Option<i64>,
+    pub(super) min_size: Option<i64>,
+    pub(super) reserve_size: Option<i64>,
+    pub(super) reserve_timeout: Option<Span>,
+    pub(super) max_server_connections: Option<i64>,
+    pub(super) connects_at_once: Option<i64>,
     pub(super) max_clients: Option<i64>,
     pub(super) checkout_timeout: Option<Span>,
+    pub(super) notice_after: Option<Span>,
     pub(super) connect_timeout: Option<Span>,
     pub(super) server_idle: Option<Span>,
     pub(super) server_lifetime: Option<Span>,
+    pub(super) server_check: Option<Span>,
+    pub(super) dns_ttl: Option<Span>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

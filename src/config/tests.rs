@@ -103,13 +103,14 @@ fn every_value_said_arrives() {
     let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
     let config = accept(&format!(
         r#"
-        listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", tls = "require", tls_cert = "{here}", tls_key = "{here}", tls_client_ca = "{here}", proxy_protocol = "require", proxy_protocol_from = ["10.0.0.0/8"], threads = 3, login_timeout = "1s", drain_timeout = "0s" }}
+        listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", tls = "require", tls_cert = "{here}", tls_key = "{here}", tls_client_ca = "{here}", proxy_protocol = "require", proxy_protocol_from = ["10.0.0.0/8"], threads = 3, reuse_port = true, login_timeout = "1s", drain_timeout = "0s" }}
         replica = [{{ url = "postgres://a" }}, {{ url = "postgres://b" }}]
         auth = {{ method = "trust", users_file = "{here}", query = "select $1", allow_trust_anywhere = true }}
         access = [{{ database = ["a", "sameuser"], user = "u", address = ["::1", "10.0.0.0/8"], method = "cert", tls = "require", cert_name = "c" }}, {{ method = "reject" }}]
         replication = {{ max_connections = 0 }}
         cluster = {{ address = "me:1", peers = ["you:2", "[::1]:3"], forwards_max = 4 }}
-        pool = {{ mode = "session", size = 4, max_clients = 5, checkout_timeout = "6ms0", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h" }}
+        console = {{ admin_users = ["ada"], stats_users = ["bob", "carl"] }}
+        pool = {{ mode = "session", size = 4, min_size = 3, reserve_size = 21, reserve_timeout = "22s", max_server_connections = 23, connects_at_once = 24, max_clients = 5, checkout_timeout = "6ms0", notice_after = "25s", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h", server_check = "off", dns_ttl = "26s" }}
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
         poll = {{ park = false, probe_ms = 13 }}
@@ -132,6 +133,7 @@ fn every_value_said_arrives() {
             proxy_protocol: ProxyProtocol::Require,
             proxy_protocol_from: vec!["10.0.0.0/8".parse().unwrap()],
             threads: NonZeroUsize::new(3).unwrap(),
+            reuse_port: true,
             login_timeout: secs(1),
             drain_timeout: Duration::ZERO,
         },
@@ -173,14 +175,26 @@ fn every_value_said_arrives() {
             peers: vec!["you:2".into(), "[::1]:3".into()],
             forwards_max: NonZeroUsize::new(4).unwrap(),
         },
+        console: Console {
+            admin_users: vec!["ada".into()],
+            stats_users: vec!["bob".into(), "carl".into()],
+        },
         pool: Pool {
             mode: PoolMode::Session,
             size: NonZeroUsize::new(4).unwrap(),
+            min_size: 3,
+            reserve_size: 21,
+            reserve_timeout: secs(22),
+            max_server_connections: NonZeroUsize::new(23),
+            connects_at_once: NonZeroUsize::new(24).unwrap(),
             max_clients: NonZeroUsize::new(5).unwrap(),
             checkout_timeout: Duration::from_millis(60),
+            notice_after: Some(secs(25)),
             connect_timeout: secs(7),
             server_idle: secs(8 * 60),
             server_lifetime: secs(9 * 3_600),
+            server_check: None,
+            dns_ttl: Some(secs(26)),
         },
         route: Route {
             reads: Reads::All,
@@ -692,6 +706,40 @@ fn an_access_rule_is_held_to_what_can_be_kept() {
 }
 
 #[test]
+fn the_control_role_is_admin_unless_others_are_named() {
+    let console = |text: &str| accept(text).console;
+    assert_eq!(console("").admin_users, ["flowgate"]);
+    assert_eq!(console("").stats_users, [""; 0]);
+    assert_eq!(
+        console("[console]\nadmin_users = []\nstats_users = [\"flowgate\"]"),
+        Console {
+            admin_users: vec![],
+            stats_users: vec!["flowgate".into()]
+        }
+    );
+    check(
+        "[console]\nstats_users = [\"flowgate\"]",
+        "console.stats_users: has `flowgate`, who is one of console.admin_users already (f.toml:2)",
+    );
+    check(
+        "[console]\nadmin_users = [\"\"]",
+        "console.admin_users: has an empty name (f.toml:2)",
+    );
+}
+
+#[test]
+fn a_pool_keeps_no_more_than_it_may_have() {
+    check(
+        "[pool]\nsize = 3\nmin_size = 4",
+        "pool.min_size: is more than pool.size, 3 (f.toml:3)",
+    );
+    assert_eq!(
+        accept("[pool]\nnotice_after = \"off\"").pool.notice_after,
+        None
+    );
+}
+
+#[test]
 fn proxies_before_and_beside_us_are_named_in_full() {
     check(
         "[listen]\nproxy_protocol = \"require\"",
@@ -712,4 +760,92 @@ fn proxies_before_and_beside_us_are_named_in_full() {
     let env = [("FLOWGATE_CLUSTER__PEERS", "a:1, b:2")];
     let config = read(&with_primary(""), &env, Flags::default()).unwrap();
     assert_eq!(config.cluster.peers, ["a:1", "b:2"]);
+}
+
+#[test]
+fn every_key_can_be_shown() {
+    let config = accept("");
+    let names: Vec<_> = shown(&config)
+        .iter()
+        .map(|key| key.name.to_owned())
+        .collect();
+    let known: std::collections::BTreeSet<_> = names.iter().cloned().collect();
+    assert_eq!(known, key_paths(), "config/keys.rs and config/raw.rs");
+    assert_eq!(known.len(), names.len());
+}
+
+#[test]
+fn what_is_shown_is_what_an_operator_writes_without_secrets() {
+    let config = accept(
+        "[pool]\nsize = 7\ncheckout_timeout = \"90s\"\nnotice_after = \"off\"\n[route]\nreads = \"all\"\n\
+         [[replica]]\nurl = \"postgres://u:geheim@r/d\"\n[http]\njwt_secret = \"0123456789abcdef0123456789abcdef\"",
+    );
+    let keys = shown(&config);
+    let value = |name: &str| {
+        let key = keys.iter().find(|key| key.name == name).unwrap();
+        key.value.clone()
+    };
+    assert_eq!(value("pool.size"), "7");
+    assert_eq!(value("pool.checkout_timeout"), "90s");
+    assert_eq!(value("pool.notice_after"), "off");
+    assert_eq!(value("pool.max_server_connections"), "0");
+    assert_eq!(value("route.reads"), "all");
+    assert_eq!(value("http.jwt_secret"), "(set)");
+    let all = keys
+        .iter()
+        .map(|key| key.value.as_str())
+        .collect::<String>();
+    assert!(
+        !all.contains("geheim") && !all.contains("0123456789abcdef"),
+        "{all}"
+    );
+}
+
+#[test]
+fn a_change_that_needs_a_restart_is_named() {
+    let before = accept("");
+    assert_eq!(need_restart(&before, &accept("[pool]\nsize = 7")), [""; 0]);
+    let after = accept("[listen]\npostgres = \"127.0.0.1:7\"\nthreads = 2\n[pool]\nsize = 7");
+    assert_eq!(
+        need_restart(&before, &after),
+        ["listen.postgres", "listen.threads"]
+    );
+    let in_force = live_part(&before, after);
+    assert_eq!(need_restart(&before, &in_force), [""; 0]);
+    assert_eq!(in_force.pool.size.get(), 7);
+}
+
+#[test]
+fn what_a_reload_does_not_change_stays_as_it_was() {
+    // Every key said otherwise than the default.
+    let other: Config = {
+        let here = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let text = format!(
+            r#"
+            listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", threads = 3, reuse_port = true, login_timeout = "1s" }}
+            primary = {{ url = "postgres://other" }}
+            pool = {{ size = 4 }}
+            cache = {{ max_age_ms = 11, max_bytes = 12 }}
+            poll = {{ park = false, probe_ms = 13 }}
+            shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
+            events = {{ retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
+            http = {{ jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
+            maintenance = {{ requeue = "off", prune_after = "20d" }}
+            "#
+        );
+        read(&text, &[], Flags::default()).unwrap()
+    };
+    let before = accept("");
+    let in_force = live_part(&before, other.clone());
+    assert_eq!(need_restart(&before, &in_force), [""; 0]);
+    assert_eq!(in_force.pool, other.pool);
+    assert_eq!(in_force.listen.login_timeout, other.listen.login_timeout);
+    let restart: Vec<_> = shown(&before)
+        .into_iter()
+        .filter(|key| !key.live)
+        .map(|key| key.name)
+        // `wake` has no other value that is built.
+        .filter(|name| *name != "events.wake")
+        .collect();
+    assert_eq!(need_restart(&before, &other), restart);
 }

@@ -83,6 +83,15 @@ impl Hubs {
         hub
     }
 
+    /// Every channel that is listened to.
+    pub(crate) fn report(&self) -> Vec<ChannelReport> {
+        let hubs: Vec<_> = lock(&self.hubs)
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect();
+        hubs.iter().flat_map(|hub| hub.report()).collect()
+    }
+
     /// Cuts every subscriber and waits for the listeners to end.
     pub(crate) async fn shutdown(&self) {
         let tasks = lock(&self.common.tasks).take();
@@ -100,6 +109,19 @@ impl Hubs {
             }
         }
     }
+}
+
+/// A channel somebody listens to, for the console.
+pub(crate) struct ChannelReport {
+    pub(crate) database: String,
+    pub(crate) name: String,
+    /// `run`, `flow`, `all` or `ordinary`
+    pub(crate) kind: &'static str,
+    /// Of a run's channel.
+    pub(crate) run_id: Option<String>,
+    pub(crate) subscribers: usize,
+    /// Frames its subscribers have yet to read, of whatever channel.
+    pub(crate) queued: usize,
 }
 
 /// The events of one database.
@@ -493,6 +515,45 @@ impl Hub {
             kick,
             next_stream: AtomicU64::new(1),
         }
+    }
+
+    fn report(&self) -> Vec<ChannelReport> {
+        let state = lock(&self.state);
+        let channel = |kind, name: &str, members: &Members| {
+            let inboxes = members.values();
+            ChannelReport {
+                database: self.database.clone(),
+                name: name.to_owned(),
+                kind,
+                run_id: None,
+                subscribers: members.len(),
+                queued: inboxes.map(|mailbox| mailbox.lock().queued()).sum(),
+            }
+        };
+        let runs = state.runs.iter().filter_map(|(topic, members)| {
+            let (stream, mailbox) = members.iter().next()?;
+            let target = mailbox.lock().target(*stream);
+            let Some(Target::Run { run_id, .. }) = target else {
+                return None;
+            };
+            let mut report = channel("run", topic, members);
+            report.name = format!("pgflow:run:{run_id}");
+            report.run_id = Some(run_id);
+            Some(report)
+        });
+        let flows = state
+            .flows
+            .iter()
+            .map(|(slug, members)| channel("flow", &format!("pgflow:flow:{slug}"), members));
+        let ordinary = state
+            .ordinary
+            .iter()
+            .map(|(name, of)| channel("ordinary", name, &of.members));
+        let all = (!state.all.is_empty()).then(|| channel("all", "pgflow_events", &state.all));
+        let mut channels: Vec<_> = runs.chain(flows).chain(ordinary).chain(all).collect();
+        channels.retain(|channel| channel.subscribers > 0);
+        channels.sort_by(|a, b| a.name.cmp(&b.name));
+        channels
     }
 
     pub(crate) fn subscriber(self: &Arc<Self>) -> Subscriber {

@@ -245,6 +245,11 @@ impl Inbox {
         }
     }
 
+    /// Frames waiting to be read.
+    pub(super) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
     pub(super) fn is_cut(&self) -> bool {
         self.cut.is_some()
     }

@@ -1,44 +1,120 @@
-//! The lease: how a client gets a server and how it comes back. Owns the pools; the books are `shelf.rs`'s.
-//! Never looks at SQL. Called by `client/session` and `client/startup.rs`.
+//! The lease: how a client gets a server of one pool and how it comes back. The books are `shelf.rs`'s, the bounds of the
+//! upstream `budget.rs`'s. Never looks at SQL. Called by `client/session`, `client/startup.rs` and `pools.rs`.
 
 use std::collections::HashMap;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, warn};
 
+use super::budget::{Ask, Budget, Place, Room};
 use super::reset::{self, Clean, ResetError};
-use super::shelf::{ClientId, Counts, Give, Shelf, Shelved, Take};
+pub(crate) use super::shelf::Counts;
+use super::shelf::{Bounds, ClientId, Offer, Put, Shelf, Shelved, Take};
+use super::stats::DatabaseStats;
 use crate::config;
-use crate::metrics::{Counter, Registry};
+use crate::metrics::Counter;
 use crate::server::auth::Credentials;
-use crate::server::conn::{ServerConn, ServerKey};
+use crate::server::conn::{ServerConn, ServerKey, ServerRecord};
 use crate::server::connect::{ConnectError, Connector, send_cancel};
 use crate::server::parameters::{Opening, Reported};
 
 /// A server idle for less than this is not asked whether it still lives.
 const TRUSTED_IDLE: Duration = Duration::from_millis(1);
+/// How long an idle server may take to say that it still lives.
+const CHECK_MAX: Duration = Duration::from_secs(2);
 /// How long a CancelRequest for an abandoned query may take.
 const ABANDON_MAX: Duration = Duration::from_secs(5);
-/// How often idle servers are looked at.
-const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// A waiter that found the reserve used up asks again.
+const RESERVE_RETRY: Duration = Duration::from_millis(500);
+/// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
+const YIELD_AFTER: Duration = Duration::from_secs(1);
+/// Servers opened together are not to be closed together: each lives up to a tenth less than it may.
+const JITTER: u32 = 10;
 
-impl Shelved for Box<ServerConn> {
-    type Kind = Arc<Opening>;
-    fn kind(&self) -> &Arc<Opening> {
-        &self.opening
+/// An open server and its place at the upstream.
+struct Pooled {
+    conn: ServerConn,
+    place: Place,
+}
+
+impl Pooled {
+    /// Closes the socket; the place is free for another.
+    fn hang_up(self) -> Place {
+        self.conn.record.note_closed();
+        self.place
     }
 }
 
-type Books = Shelf<Box<ServerConn>, oneshot::Sender<Grant>>;
+impl Shelved for Box<Pooled> {
+    type Kind = Arc<Opening>;
+    fn kind(&self) -> &Arc<Opening> {
+        &self.conn.opening
+    }
+}
+
+type Waker = oneshot::Sender<Grant>;
+
+struct Books {
+    shelf: Shelf<Box<Pooled>, Waker>,
+    terms: Terms,
+}
+
+/// What a pool heeds of `[pool]` beside its bounds.
+#[derive(Clone, Copy)]
+struct Terms {
+    checkout_timeout: Duration,
+    reserve_timeout: Option<Duration>,
+    connect_timeout: Duration,
+    server_idle: Duration,
+    server_lifetime: Duration,
+    /// No server is old before that.
+    youth: Duration,
+    server_check: Option<Duration>,
+    min_size: usize,
+}
+
+impl Terms {
+    fn of(settings: &config::Pool) -> Self {
+        Self {
+            checkout_timeout: settings.checkout_timeout,
+            reserve_timeout: (settings.reserve_size > 0).then_some(settings.reserve_timeout),
+            connect_timeout: settings.connect_timeout,
+            server_idle: settings.server_idle,
+            server_lifetime: settings.server_lifetime,
+            youth: settings.server_lifetime - settings.server_lifetime / JITTER,
+            server_check: settings.server_check,
+            min_size: settings.min_size,
+        }
+    }
+
+    /// Whether a server has lived its life: a time of its own, the same at every look.
+    fn is_old(&self, server: &ServerConn, now: Instant) -> bool {
+        let age = now.saturating_duration_since(server.opened_at);
+        if age <= self.youth {
+            return false;
+        }
+        // Numbers in a row spread over 0..1024.
+        let share = server.record.id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54;
+        let late = self.server_lifetime - self.youth;
+        age > self.youth + late / 1024 * u32::try_from(share).unwrap_or(0)
+    }
+}
+
+fn bounds(settings: &config::Pool) -> Bounds {
+    Bounds {
+        size: settings.size.get(),
+        reserve: settings.reserve_size,
+    }
+}
 
 /// What a waiter is handed. Dropped unread, it goes back by itself.
 enum Grant {
@@ -46,39 +122,45 @@ enum Grant {
     Slot(Slot),
 }
 
-/// Every pool, by (database, user, upstream).
-pub(crate) struct Pools {
-    pools: Mutex<HashMap<(String, String, usize), Arc<Pool>>>,
-    /// The primary first, then the replicas in the order of the configuration.
-    connectors: Vec<Arc<Connector>>,
-    names: Vec<Arc<str>>,
-    /// The control roles and their passwords, by upstream: who is trusted here as such a role logs in as it there.
-    control_roles: Vec<(String, Credentials)>,
-    settings: config::Pool,
-    counters: Arc<Counters>,
-    control: Handle,
+pub(super) struct Counters {
+    pub(super) opened: Arc<Counter>,
+    pub(super) closed: Arc<Counter>,
+    pub(super) failed: Arc<Counter>,
+    pub(super) waited: Arc<Counter>,
+    pub(super) timed_out: Arc<Counter>,
+    pub(super) abandoned: Arc<Counter>,
+    pub(super) reserve: Arc<Counter>,
+    pub(super) evicted: Arc<Counter>,
 }
 
-struct Counters {
-    opened: Arc<Counter>,
-    closed: Arc<Counter>,
-    failed: Arc<Counter>,
-    waited: Arc<Counter>,
-    timed_out: Arc<Counter>,
-    abandoned: Arc<Counter>,
+/// What all pools share.
+pub(super) struct Common {
+    pub(super) counters: Counters,
+    pub(super) control: Handle,
+    /// A server was closed, or a pool stands otherwise than before.
+    pub(super) changed: Notify,
 }
 
 /// The servers of one database, user and upstream.
 pub(crate) struct Pool {
     books: Mutex<Books>,
     connector: Arc<Connector>,
+    budget: Arc<Budget>,
     /// What the last client that logged in as this user proved itself with.
     credentials: Mutex<Credentials>,
     /// What sessions opened alike were last told at login, for clients that log in while every server is busy.
     seen: Mutex<HashMap<Arc<Opening>, Seen>>,
-    settings: config::Pool,
-    counters: Arc<Counters>,
-    control: Handle,
+    /// Every open server, on loan or not.
+    servers: Mutex<Vec<Weak<ServerRecord>>>,
+    /// Rises when every server opened so far is to be closed: also the ones that are just being opened.
+    generation: AtomicU64,
+    opening: AtomicUsize,
+    /// Clients that belong here, and how one of them opened its session last.
+    members: AtomicUsize,
+    last_opening: Mutex<Option<Arc<Opening>>>,
+    warming: AtomicBool,
+    pub(crate) stats: Arc<DatabaseStats>,
+    common: Arc<Common>,
 }
 
 /// What a login needs to answer without a server in hand.
@@ -107,144 +189,75 @@ pub(crate) enum CheckoutError {
     TimedOut(Duration),
     #[error("cancelled while waiting for a server")]
     Cancelled,
+    #[error("the upstream is not there any more")]
+    Gone,
     #[error("the session's settings could not be brought to a server: {0}")]
     Settings(#[source] ResetError),
 }
 
-impl Pools {
-    pub(crate) fn new(
-        upstreams: &[&config::ConnectUrl],
-        settings: &config::Pool,
-        registry: &Registry,
-        control: Handle,
-    ) -> io::Result<Arc<Self>> {
-        let connect =
-            |url: &&config::ConnectUrl| Connector::new(url, settings.connect_timeout).map(Arc::new);
-        let counter = |name, help| registry.counter(name, help, &[]);
-        let counters = Arc::new(Counters {
-            opened: counter("flowgate_servers_opened_total", "server connections opened"),
-            closed: counter("flowgate_servers_closed_total", "server connections closed"),
-            failed: counter(
-                "flowgate_servers_failed_total",
-                "server connections that could not be opened",
-            ),
-            waited: counter(
-                "flowgate_checkout_waits_total",
-                "requests that had to wait for a server",
-            ),
-            timed_out: counter(
-                "flowgate_checkout_timeouts_total",
-                "requests that got no server in time",
-            ),
-            abandoned: counter(
-                "flowgate_servers_abandoned_total",
-                "servers closed in the middle of a request",
-            ),
-        });
-        let pools = Arc::new(Self {
-            pools: Mutex::default(),
-            connectors: upstreams.iter().map(connect).collect::<io::Result<_>>()?,
-            control_roles: upstreams
-                .iter()
-                .map(|url| (url.user.clone(), Credentials::of_control_role(url)))
-                .collect(),
-            names: upstreams
-                .iter()
-                .map(|url| Arc::from(format!("{}:{}", url.host, url.port)))
-                .collect(),
-            settings: settings.clone(),
-            counters,
-            control,
-        });
-        pools.control.spawn(sweep(Arc::downgrade(&pools)));
-        Ok(pools)
-    }
-
-    /// The pool for this opening on upstream `upstream` (0 is the primary).
-    pub(crate) fn pool(&self, opening: &Opening, upstream: usize) -> Arc<Pool> {
-        let connector = &self.connectors[upstream];
-        let (control_role, credentials) = &self.control_roles[upstream];
-        let credentials = if *control_role == opening.user {
-            credentials.clone()
-        } else {
-            Credentials::None
-        };
-        let key = (opening.database.clone(), opening.user.clone(), upstream);
-        let mut pools = lock(&self.pools);
-        let pool = pools.entry(key).or_insert_with(|| {
-            Arc::new(Pool {
-                books: Mutex::new(Shelf::new(self.settings.size.get())),
-                connector: Arc::clone(connector),
-                credentials: Mutex::new(credentials),
-                seen: Mutex::default(),
-                settings: self.settings.clone(),
-                counters: Arc::clone(&self.counters),
-                control: self.control.clone(),
-            })
-        });
-        Arc::clone(pool)
-    }
-
-    /// A login failed: a pool that nobody ever used (a wrong name, most likely) is not kept.
-    pub(crate) fn forget_unused(&self, opening: &Opening) {
-        let unused = |pool: &Arc<Pool>| Arc::strong_count(pool) == 1 && pool.counts().open == 0;
-        lock(&self.pools).retain(|(database, user, _), pool| {
-            *database != opening.database || *user != opening.user || !unused(pool)
-        });
-    }
-
-    /// What a client proved itself with logs in to every upstream.
-    pub(crate) fn share_credentials(&self, opening: &Opening, credentials: &Credentials) {
-        for upstream in 0..self.connectors.len() {
-            self.pool(opening, upstream).learn_credentials(credentials);
-        }
-    }
-
-    /// Every pool with its database, user, upstream's name and counts; for the console.
-    pub(crate) fn report(&self) -> Vec<(String, String, Arc<str>, Counts)> {
-        let pools = lock(&self.pools);
-        let row = |((database, user, upstream), pool): (&(String, String, usize), &Arc<Pool>)| {
-            let name = self
-                .names
-                .get(*upstream)
-                .cloned()
-                .unwrap_or_else(|| "?".into());
-            (database.clone(), user.clone(), name, pool.counts())
-        };
-        pools.iter().map(row).collect()
-    }
-
-    /// Closes the idle servers of a database: somebody wants it to themselves.
-    pub(crate) fn leave_database(&self, database: &str) {
-        let inside = |((of, _, _), _): &(&(String, String, usize), &Arc<Pool>)| of == database;
-        let pools: Vec<_> = lock(&self.pools)
-            .iter()
-            .filter(inside)
-            .map(|(_, pool)| Arc::clone(pool))
-            .collect();
-        for pool in pools {
-            pool.close_idle_where(|_| true);
-        }
-    }
-
-    /// Closes every idle server; those on loan close when they come back, as their clients leave.
-    pub(crate) fn close_idle(&self) {
-        let pools: Vec<_> = lock(&self.pools).values().cloned().collect();
-        for pool in pools {
-            pool.close_idle_where(|_| true);
-        }
-    }
+/// How a pool stands, for the console.
+pub(crate) struct Standing {
+    pub(crate) counts: Counts,
+    pub(crate) opening: usize,
+    /// Numbers of the idle servers.
+    pub(crate) idle: Vec<u64>,
+    pub(crate) servers: Vec<Arc<ServerRecord>>,
 }
 
 impl Pool {
+    pub(super) fn new(
+        connector: Arc<Connector>,
+        budget: Arc<Budget>,
+        credentials: Credentials,
+        settings: &config::Pool,
+        paused: bool,
+        stats: Arc<DatabaseStats>,
+        common: Arc<Common>,
+    ) -> Arc<Self> {
+        let pool = Arc::new(Self {
+            books: Mutex::new(Books {
+                shelf: Shelf::new(bounds(settings), paused),
+                terms: Terms::of(settings),
+            }),
+            connector,
+            budget,
+            credentials: Mutex::new(credentials),
+            seen: Mutex::default(),
+            servers: Mutex::default(),
+            generation: AtomicU64::new(0),
+            opening: AtomicUsize::new(0),
+            members: AtomicUsize::new(0),
+            last_opening: Mutex::default(),
+            warming: AtomicBool::new(false),
+            stats,
+            common,
+        });
+        pool.budget.join(&pool);
+        pool
+    }
+
     pub(crate) fn counts(&self) -> Counts {
-        lock(&self.books).counts()
+        lock(&self.books).shelf.counts()
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        let books = lock(&self.books);
+        let counts = books.shelf.counts();
+        let idle = books.shelf.idle().map(|idle| idle.conn.record.id).collect();
+        drop(books);
+        Standing {
+            counts,
+            idle,
+            opening: self.opening.load(Ordering::Relaxed),
+            servers: self.servers(),
+        }
     }
 
     /// Whether a checkout would have to wait now.
     pub(crate) fn is_busy(&self) -> bool {
-        let counts = self.counts();
-        counts.idle == 0 && counts.open >= self.settings.size.get()
+        let books = lock(&self.books);
+        let counts = books.shelf.counts();
+        counts.idle == 0 && counts.open >= books.shelf.bounds().size
     }
 
     pub(crate) fn learn_credentials(&self, credentials: &Credentials) {
@@ -256,17 +269,28 @@ impl Pool {
         }
     }
 
+    /// A client belongs to this pool until what this returns is dropped.
+    pub(crate) fn join(self: &Arc<Self>, opening: &Arc<Opening>) -> Member {
+        *lock(&self.last_opening) = Some(Arc::clone(opening));
+        self.members.fetch_add(1, Ordering::Relaxed);
+        Member(Arc::clone(self))
+    }
+
     /// A server for this client without any waiting, if one is idle and surely alive.
     pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>) -> Option<Checkout> {
-        let server = lock(&self.books).take_idle(wish.client, wish.opening)?;
-        let checkout = Checkout {
-            server: Some(server),
-            pool: Arc::clone(self),
+        let (server, terms) = {
+            let mut books = lock(&self.books);
+            let server = books.shelf.take_idle(wish.client, wish.opening)?;
+            (server, books.terms)
         };
+        let checkout = Checkout::new(server, self);
         let now = Instant::now();
-        let young = now.duration_since(checkout.opened_at) <= self.settings.server_lifetime;
-        let trusted = now.duration_since(checkout.idle_since) < TRUSTED_IDLE;
-        if young && (trusted || matches!(peek(&checkout), Peek::Silent)) {
+        let idle = now.duration_since(checkout.idle_since);
+        let trusted = idle < TRUSTED_IDLE;
+        let checked = terms.server_check.is_none_or(|longest| idle <= longest);
+        if !terms.is_old(&checkout, now)
+            && (trusted || checked && matches!(peek(&checkout), Peek::Silent))
+        {
             return Some(checkout);
         }
         checkout.put_back();
@@ -280,21 +304,37 @@ impl Pool {
         within: Option<Duration>,
     ) -> Result<Checkout, CheckoutError> {
         loop {
-            let (taken, receiver) = self.take(wish);
+            let now = Instant::now();
+            let mut receiver = None;
+            let taken = {
+                let mut ask = Ask(&self.budget);
+                let wake = || {
+                    let (sender, awaited) = oneshot::channel();
+                    receiver = Some(awaited);
+                    sender
+                };
+                let mut books = lock(&self.books);
+                books
+                    .shelf
+                    .take(wish.client, wish.opening, now, &mut ask, wake)
+            };
             match taken {
                 Take::Ready(server) => match self.fit(server).await {
                     Some(checkout) => return Ok(checkout),
                     None => continue,
                 },
-                Take::Open => return self.open(Slot::new(self), wish).await,
-                Take::Replace(old) => {
-                    self.counters.closed.inc();
-                    drop(old);
-                    return self.open(Slot::new(self), wish).await;
+                Take::Open(room) => return self.open(Slot::new(self, room, None), wish).await,
+                Take::Replace(old, room) => {
+                    return self.open(Slot::new(self, room, Some(old)), wish).await;
                 }
-                Take::Wait(ticket) => {
+                Take::Wait { ticket, starved } => {
                     let receiver = receiver.expect("a wait comes with its receiver");
-                    return self.wait(ticket, receiver, wish, within).await;
+                    // However the wait ends, also by this future being dropped, the wish is taken back.
+                    let wished = Wished { pool: self, ticket };
+                    if starved {
+                        self.starve();
+                    }
+                    return self.wait(wished, receiver, wish, within).await;
                 }
             }
         }
@@ -326,122 +366,384 @@ impl Pool {
 
     /// This client is gone.
     pub(crate) fn disown(&self, client: ClientId) {
-        lock(&self.books).disown(client);
-    }
-
-    fn take(&self, wish: Wish<'_>) -> (Take<Box<ServerConn>>, Option<oneshot::Receiver<Grant>>) {
-        let mut receiver = None;
-        let taken = lock(&self.books).take(wish.client, wish.opening, || {
-            let (sender, awaited) = oneshot::channel();
-            receiver = Some(awaited);
-            sender
-        });
-        (taken, receiver)
+        lock(&self.books).shelf.disown(client);
     }
 
     async fn wait(
         self: &Arc<Self>,
-        ticket: u64,
-        receiver: oneshot::Receiver<Grant>,
+        wished: Wished<'_>,
+        mut receiver: oneshot::Receiver<Grant>,
         wish: Wish<'_>,
         within: Option<Duration>,
     ) -> Result<Checkout, CheckoutError> {
-        self.counters.waited.inc();
-        // However the wait ends, also by this future being dropped, the wish is taken back.
-        let _wish = Wished { pool: self, ticket };
-        let longest = self.settings.checkout_timeout;
-        let within = within.map_or(longest, |within| within.min(longest));
-        let granted = timeout(within, receiver).await;
+        self.common.counters.waited.inc();
+        let terms = lock(&self.books).terms;
+        let began = Instant::now();
+        let within = within.map_or(terms.checkout_timeout, |within| {
+            within.min(terms.checkout_timeout)
+        });
+        let mut reserve = terms.reserve_timeout.map(|patience| began + patience);
+        let granted = loop {
+            tokio::select! {
+                biased;
+                granted = &mut receiver => break granted.ok(),
+                () = sleep_until(began + within) => break None,
+                () = sleep_until(reserve.unwrap_or(began)), if reserve.is_some() => {
+                    self.claim_reserve(wished.ticket);
+                    reserve = Some(Instant::now() + RESERVE_RETRY);
+                }
+            }
+        };
+        drop(wished);
         match granted {
-            Ok(Ok(Grant::Server(checkout))) => Ok(checkout),
-            Ok(Ok(Grant::Slot(slot))) => self.open(slot, wish).await,
-            Ok(Err(_)) | Err(_) => {
-                self.counters.timed_out.inc();
+            Some(Grant::Server(checkout)) => Ok(checkout),
+            Some(Grant::Slot(slot)) => self.open(slot, wish).await,
+            None => {
+                self.common.counters.timed_out.inc();
                 Err(CheckoutError::TimedOut(within))
             }
         }
     }
 
+    fn claim_reserve(self: &Arc<Self>, ticket: u64) {
+        let offer = {
+            let mut ask = Ask(&self.budget);
+            lock(&self.books).shelf.claim_reserve(ticket, &mut ask)
+        };
+        match offer {
+            Offer::Slot(waiter, room, _) => {
+                self.common.counters.reserve.inc();
+                drop(waiter.send(Grant::Slot(Slot::new(self, room, None))));
+            }
+            Offer::Nothing | Offer::Starved => {}
+        }
+    }
+
     async fn open(self: &Arc<Self>, slot: Slot, wish: Wish<'_>) -> Result<Checkout, CheckoutError> {
+        let counters = &self.common.counters;
         let credentials = lock(&self.credentials).clone();
+        let within = lock(&self.books).terms.connect_timeout;
+        let generation = self.generation.load(Ordering::Acquire);
+        let _opening = Opens::count(&self.opening);
         match self
             .connector
-            .connect(wish.opening, wish.application_name, &credentials)
+            .connect(wish.opening, wish.application_name, &credentials, within)
             .await
         {
             Ok(server) => {
-                self.counters.opened.inc();
-                Ok(slot.fill(Box::new(server)))
+                counters.opened.inc();
+                let mut servers = lock(&self.servers);
+                servers.retain(|server| server.strong_count() > 0);
+                servers.push(Arc::downgrade(&server.record));
+                if self.generation.load(Ordering::Acquire) != generation {
+                    server.record.ask_to_close();
+                }
+                drop(servers);
+                Ok(slot.fill(server))
             }
             Err(error) => {
-                self.counters.failed.inc();
+                counters.failed.inc();
                 Err(error.into())
             }
         }
     }
 
     /// A server that was idle is lent only if it still lives; otherwise it is closed and its slot is free again.
-    async fn fit(self: &Arc<Self>, server: Box<ServerConn>) -> Option<Checkout> {
-        let mut checkout = Checkout {
-            server: Some(server),
-            pool: Arc::clone(self),
-        };
+    async fn fit(self: &Arc<Self>, server: Box<Pooled>) -> Option<Checkout> {
+        let mut checkout = Checkout::new(server, self);
+        let terms = lock(&self.books).terms;
         let now = Instant::now();
-        if now.duration_since(checkout.idle_since) < TRUSTED_IDLE {
-            return Some(checkout);
-        }
-        if now.duration_since(checkout.opened_at) > self.settings.server_lifetime {
+        if terms.is_old(&checkout, now) {
             return None;
         }
-        match peek(&checkout) {
-            Peek::Silent => Some(checkout),
-            Peek::Closed => None,
+        let idle = now.duration_since(checkout.idle_since);
+        if idle < TRUSTED_IDLE {
+            return Some(checkout);
+        }
+        let checks = terms.server_check.is_some_and(|longest| idle > longest);
+        let lives = match peek(&checkout) {
+            Peek::Closed => return None,
+            Peek::Silent if checks => timeout(CHECK_MAX, reset::sync(&mut checkout)).await,
+            Peek::Silent => return Some(checkout),
             // Something arrived while nobody listened: a changed parameter, a notice, or a farewell.
-            Peek::Speaks => {
-                match timeout(Duration::from_secs(1), reset::absorb(&mut checkout)).await {
-                    Ok(Ok(())) => Some(checkout),
-                    Ok(Err(error)) => {
-                        debug!(pid = checkout.key.pid, %error, "idle server is gone");
-                        None
+            Peek::Speaks => timeout(CHECK_MAX, reset::absorb(&mut checkout)).await,
+        };
+        match lives {
+            Ok(Ok(())) => Some(checkout),
+            Ok(Err(error)) => {
+                debug!(pid = checkout.key.pid, %error, "idle server is gone");
+                None
+            }
+            Err(_late) => {
+                warn!(
+                    pid = checkout.key.pid,
+                    "an idle server no longer answers: closed, with all idle as long"
+                );
+                let since = checkout.idle_since;
+                self.close_idle_where(|server| server.idle_since <= since);
+                None
+            }
+        }
+    }
+
+    /// The pool's clients wait for what its upstream has no room for.
+    fn starve(self: &Arc<Self>) {
+        if self.budget.starve(self) {
+            self.offer_room();
+        }
+    }
+
+    /// Since when its first waiter waits.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        lock(&self.books).shelf.waiting_since()
+    }
+
+    /// Whoever waits gets what may be opened now.
+    pub(super) fn offer_room(self: &Arc<Self>) {
+        loop {
+            let offer = {
+                let mut ask = Ask(&self.budget);
+                lock(&self.books).shelf.offer(&mut ask)
+            };
+            match offer {
+                Offer::Nothing => return,
+                Offer::Starved => {
+                    if !self.budget.starve(self) {
+                        return;
                     }
-                    Err(_late) => None,
+                }
+                // A grant that nobody takes is dropped here, and its drop gives the slot back.
+                Offer::Slot(waiter, room, old) => {
+                    drop(waiter.send(Grant::Slot(Slot::new(self, room, old))));
                 }
             }
         }
     }
 
-    fn pass_on(self: &Arc<Self>, give: Give<Box<ServerConn>, oneshot::Sender<Grant>>) {
-        // A grant that nobody takes is dropped here, and its drop comes back through `closed`: hence the clear order of
-        // "books first, sending after", with no lock held.
-        match give {
-            Give::Kept => {}
-            Give::Server(server, waiter, _client) => {
-                let grant = Grant::Server(Checkout {
-                    server: Some(server),
-                    pool: Arc::clone(self),
-                });
+    /// Puts a server that is fit for anybody where it belongs.
+    fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>) {
+        let now = server.conn.idle_since;
+        let rival = self.budget.rival_since(self);
+        let put = {
+            let mut books = lock(&self.books);
+            // To nobody here, or to somebody who has come much later.
+            let yields = |since: Instant| match books.shelf.waiting_since() {
+                None => true,
+                Some(own) => since < own && now.saturating_duration_since(since) > YIELD_AFTER,
+            };
+            let unwanted = server.conn.record.close_needed()
+                || books.terms.is_old(&server.conn, now)
+                || rival.is_some_and(yields);
+            if unwanted {
+                Put::Close(server)
+            } else {
+                books.shelf.put(server, owner)
+            }
+        };
+        match put {
+            Put::Kept => {}
+            Put::Hand(server, waiter) => {
+                let grant = Grant::Server(Checkout::new(server, self));
                 if let Err(Grant::Server(unwanted)) = waiter.send(grant) {
                     unwanted.put_back();
                 }
             }
-            Give::Slot(waiter, closed) => {
-                if closed.is_some() {
-                    self.counters.closed.inc();
-                }
-                drop(closed);
-                drop(waiter.send(Grant::Slot(Slot::new(self))));
-            }
+            Put::Close(server) => self.close(server),
         }
     }
 
-    fn close_idle_where(self: &Arc<Self>, wanted: impl FnMut(&mut Box<ServerConn>) -> bool) {
-        let removed = lock(&self.books).remove_idle(wanted);
+    /// Closes a server that the books have let go, and tells whoever waits for that.
+    fn close(self: &Arc<Self>, server: Box<Pooled>) {
+        self.common.counters.closed.inc();
+        let place = server.hang_up();
+        self.closed(place);
+    }
+
+    fn closed(self: &Arc<Self>, place: Place) {
+        lock(&self.books).shelf.closed();
+        self.common.changed.notify_waiters();
+        // Others who starve come first, then who waits here.
+        drop(place);
+        self.offer_room();
+    }
+
+    pub(super) fn close_idle_where(self: &Arc<Self>, mut wanted: impl FnMut(&ServerConn) -> bool) {
+        let removed = lock(&self.books)
+            .shelf
+            .remove_idle(|server| wanted(&server.conn));
         for server in removed {
-            self.counters.closed.inc();
-            drop(server);
-            let give = lock(&self.books).closed();
-            self.pass_on(give);
+            self.close(server);
         }
+    }
+
+    /// Closes idle servers that have died, grown old, been idle too long, or were asked to close.
+    pub(super) fn reap(self: &Arc<Self>, now: Instant) {
+        let (terms, counts) = {
+            let books = lock(&self.books);
+            (books.terms, books.shelf.counts())
+        };
+        let mut spare = counts.open.saturating_sub(self.kept(terms.min_size));
+        self.close_idle_where(|server| {
+            let dead = server.record.close_needed()
+                || terms.is_old(server, now)
+                || matches!(peek(server), Peek::Closed);
+            let idle = now.duration_since(server.idle_since) > terms.server_idle && spare > 0;
+            if dead || idle {
+                spare = spare.saturating_sub(1);
+            }
+            dead || idle
+        });
+        // A farewell, most likely: who has been terminated says so before the socket closes.
+        let speaking = lock(&self.books)
+            .shelf
+            .remove_idle(|server| matches!(peek(&server.conn), Peek::Speaks));
+        for server in speaking {
+            let mut checkout = Checkout::new(server, self);
+            self.common.control.spawn(async move {
+                if let Ok(Ok(())) = timeout(CHECK_MAX, reset::absorb(&mut checkout)).await {
+                    checkout.put_back();
+                }
+            });
+        }
+    }
+
+    /// So many servers are kept open while the pool has clients.
+    fn kept(&self, min_size: usize) -> usize {
+        match self.members.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => min_size,
+        }
+    }
+
+    /// Opens what is missing to `min_size`, one after another, on the control plane.
+    pub(super) fn warm_up(self: &Arc<Self>) {
+        let keep = self.kept(lock(&self.books).terms.min_size);
+        if keep == 0 || self.counts().open >= keep || self.warming.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let Some(opening) = lock(&self.last_opening).clone() else {
+            self.warming.store(false, Ordering::Release);
+            return;
+        };
+        let pool = Arc::clone(self);
+        self.common.control.spawn(async move {
+            while let Some(room) = {
+                let mut ask = Ask(&pool.budget);
+                lock(&pool.books).shelf.reserve_slot(keep, &mut ask)
+            } {
+                let slot = Slot::new(&pool, room, None);
+                let wish = Wish {
+                    client: 0,
+                    opening: &opening,
+                    application_name: "",
+                };
+                match pool.open(slot, wish).await {
+                    Ok(server) => match reset::prove(&server) {
+                        Some(clean) => server.check_in(clean, None),
+                        None => break,
+                    },
+                    Err(error) => {
+                        debug!(database = opening.database, user = opening.user, %error, "could not warm a pool up");
+                        break;
+                    }
+                }
+            }
+            pool.warming.store(false, Ordering::Release);
+        });
+    }
+
+    /// Every server opened so far is closed: the idle ones now, the others when they come back.
+    pub(super) fn reconnect(self: &Arc<Self>) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.ask_to_close(|_| true);
+    }
+
+    /// Asks for the closing of some servers.
+    pub(super) fn ask_to_close(self: &Arc<Self>, wanted: impl Fn(&ServerRecord) -> bool) {
+        for server in self.servers() {
+            if wanted(&server) {
+                server.ask_to_close();
+            }
+        }
+        self.close_idle_where(|server| server.record.close_needed());
+    }
+
+    pub(super) fn servers(&self) -> Vec<Arc<ServerRecord>> {
+        lock(&self.servers)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|server| server.is_open())
+            .collect()
+    }
+
+    /// Nothing is lent until `resume`; servers are closed as they come back.
+    pub(super) fn pause(self: &Arc<Self>) {
+        lock(&self.books).shelf.pause(true);
+        self.close_idle_where(|_| true);
+    }
+
+    pub(super) fn resume(self: &Arc<Self>) {
+        lock(&self.books).shelf.pause(false);
+        self.offer_room();
+    }
+
+    /// From now on.
+    pub(super) fn adopt(self: &Arc<Self>, settings: &config::Pool) {
+        let surplus = {
+            let mut books = lock(&self.books);
+            books.terms = Terms::of(settings);
+            books.shelf.resize(bounds(settings))
+        };
+        for server in surplus {
+            self.close(server);
+        }
+        self.offer_room();
+    }
+
+    /// Since when its oldest idle server has been idle.
+    pub(super) fn oldest_idle(&self) -> Option<Instant> {
+        let books = lock(&self.books);
+        books.shelf.oldest().map(|oldest| oldest.conn.idle_since)
+    }
+
+    /// Makes room for another pool's server.
+    pub(super) fn close_oldest_idle(self: &Arc<Self>) {
+        let removed = lock(&self.books).shelf.remove_oldest();
+        if let Some(server) = removed {
+            self.common.counters.evicted.inc();
+            self.close(server);
+        }
+    }
+}
+
+/// A client's belonging to a pool.
+pub(crate) struct Member(Arc<Pool>);
+
+impl Member {
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.0
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.0.members.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts while it lives.
+struct Opens<'a>(&'a AtomicUsize);
+
+impl<'a> Opens<'a> {
+    fn count(counter: &'a AtomicUsize) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for Opens<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -453,36 +755,43 @@ struct Wished<'a> {
 
 impl Drop for Wished<'_> {
     fn drop(&mut self) {
-        lock(&self.pool.books).forget(self.ticket);
+        lock(&self.pool.books).shelf.forget(self.ticket);
     }
 }
 
 /// The right to open one server. Dropping it gives the right back.
 struct Slot {
-    pool: Option<Arc<Pool>>,
+    pool: Arc<Pool>,
+    /// `None` once filled.
+    place: Option<Place>,
+    _connecting: super::budget::Connecting,
 }
 
 impl Slot {
-    fn new(pool: &Arc<Pool>) -> Self {
+    /// `old`: the server to be closed for it, whose place it takes.
+    fn new(pool: &Arc<Pool>, room: Room, old: Option<Box<Pooled>>) -> Self {
+        let replaced = old.map(|server| {
+            pool.common.counters.closed.inc();
+            server.hang_up()
+        });
+        let place = room.place.or(replaced);
         Self {
-            pool: Some(Arc::clone(pool)),
+            pool: Arc::clone(pool),
+            place: Some(place.expect("room for a server, or the place of one")),
+            _connecting: room.connecting,
         }
     }
 
-    fn fill(mut self, server: Box<ServerConn>) -> Checkout {
-        let pool = self.pool.take().expect("a slot is filled once");
-        Checkout {
-            server: Some(server),
-            pool,
-        }
+    fn fill(mut self, conn: ServerConn) -> Checkout {
+        let place = self.place.take().expect("a slot is filled once");
+        Checkout::new(Box::new(Pooled { conn, place }), &self.pool)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            let give = lock(&pool.books).closed();
-            pool.pass_on(give);
+        if let Some(place) = self.place.take() {
+            self.pool.closed(place);
         }
     }
 }
@@ -490,46 +799,56 @@ impl Drop for Slot {
 /// A server connection on loan. INVARIANT: only `check_in` shares it again; dropping the lease closes the socket, so a
 /// request that was given up can never hand its half-read response to the next client.
 pub(crate) struct Checkout {
-    server: Option<Box<ServerConn>>,
+    server: Option<Box<Pooled>>,
     pool: Arc<Pool>,
 }
 
 impl Checkout {
+    fn new(server: Box<Pooled>, pool: &Arc<Pool>) -> Self {
+        Self {
+            server: Some(server),
+            pool: Arc::clone(pool),
+        }
+    }
+
     /// The server is fit for anybody; it stays warm for `owner`.
     pub(crate) fn check_in(mut self, _clean: Clean, owner: Option<ClientId>) {
         let Some(mut server) = self.server.take() else {
             return;
         };
-        server.idle_since = Instant::now();
-        server.stream.input.rest();
-        let give = lock(&self.pool.books).put(server, owner);
-        self.pool.pass_on(give);
+        server.conn.idle_since = Instant::now();
+        server.conn.stream.input.rest();
+        server
+            .conn
+            .record
+            .note_statements(server.conn.statements.len());
+        self.pool.put(server, owner);
     }
 
     /// A server nobody has touched since it was last proven clean goes back as it came.
     fn put_back(mut self) {
-        let Some(server) = self.server.take() else {
-            return;
-        };
-        let give = lock(&self.pool.books).put(server, None);
-        self.pool.pass_on(give);
+        if let Some(server) = self.server.take() {
+            self.pool.put(server, None);
+        }
     }
 }
 
 impl Deref for Checkout {
     type Target = ServerConn;
     fn deref(&self) -> &ServerConn {
-        self.server
-            .as_ref()
+        let server = self.server.as_ref();
+        &server
             .expect("a lease holds its server until it is consumed")
+            .conn
     }
 }
 
 impl DerefMut for Checkout {
     fn deref_mut(&mut self) -> &mut ServerConn {
-        self.server
-            .as_mut()
+        let server = self.server.as_mut();
+        &mut server
             .expect("a lease holds its server until it is consumed")
+            .conn
     }
 }
 
@@ -538,16 +857,16 @@ impl Drop for Checkout {
         let Some(server) = self.server.take() else {
             return;
         };
-        self.pool.counters.closed.inc();
-        if server.in_flight {
-            self.pool.counters.abandoned.inc();
-            let key = Arc::clone(&server.key);
+        if server.conn.in_flight {
+            self.pool.common.counters.abandoned.inc();
+            let key = Arc::clone(&server.conn.key);
             // Closing the socket alone would leave the query running until it tries to write.
-            self.pool.control.spawn(async move { abandon(&key).await });
+            self.pool
+                .common
+                .control
+                .spawn(async move { abandon(&key).await });
         }
-        drop(server);
-        let give = lock(&self.pool.books).closed();
-        self.pool.pass_on(give);
+        self.pool.close(server);
     }
 }
 
@@ -588,25 +907,6 @@ fn peek(server: &ServerConn) -> Peek {
     }
 }
 
-/// Closes idle servers that have died, grown old or been idle too long. Ends with the pools.
-async fn sweep(pools: std::sync::Weak<Pools>) {
-    let mut every = tokio::time::interval(SWEEP_EVERY);
-    loop {
-        every.tick().await;
-        let Some(pools) = pools.upgrade() else { return };
-        let all: Vec<_> = lock(&pools.pools).values().cloned().collect();
-        let now = Instant::now();
-        for pool in all {
-            let settings = &pools.settings;
-            pool.close_idle_where(|server| {
-                now.duration_since(server.idle_since) > settings.server_idle
-                    || now.duration_since(server.opened_at) > settings.server_lifetime
-                    || matches!(peek(server), Peek::Closed)
-            });
-        }
-    }
-}
-
 /// Numbers clients.
 #[derive(Default)]
 pub(crate) struct ClientIds(AtomicU64);
@@ -617,6 +917,6 @@ impl ClientIds {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,12 @@
 //! Server connections and who may use them: one pool per (database, user, upstream). Knows nothing of SQL or pgflow.
-//! `checkout.rs` lends, `shelf.rs` keeps the books, `reset.rs` makes a server fit for the next client, `probe.rs` watches
-//! upstreams. Called by `client/`.
+//! `pools.rs` has them all and what the operator says of them, `checkout.rs` lends, `shelf.rs` keeps the books of one pool,
+//! `budget.rs` those of an upstream, `reset.rs` makes a server fit for the next client, `stats.rs` counts, `probe.rs`
+//! watches upstreams. Called by `client/`.
 
+mod budget;
 pub(crate) mod checkout;
+pub(crate) mod pools;
 pub(crate) mod probe;
 pub(crate) mod reset;
 mod shelf;
+pub(crate) mod stats;

@@ -1,7 +1,10 @@
 //! One open connection to Postgres and what is known of its session. Moves no messages; `relay` and `pool/reset.rs` do.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -36,6 +39,81 @@ pub(crate) struct ServerKey {
     pub(crate) secret: Arc<[u8]>,
 }
 
+/// What others may know, and say, of a server while somebody uses it. For the console, and for whoever wants it closed.
+#[derive(Debug)]
+pub(crate) struct ServerRecord {
+    /// Servers are numbered from 1, over all upstreams.
+    pub(crate) id: u64,
+    pub(crate) pid: u32,
+    pub(crate) peer: Option<SocketAddr>,
+    pub(crate) local: Option<SocketAddr>,
+    /// Version and cipher; empty without TLS.
+    pub(crate) tls: String,
+    pub(crate) opened_at: Instant,
+    /// Not to be lent again.
+    close_needed: AtomicBool,
+    closed: AtomicBool,
+    /// The last request, in µs since `opened_at`.
+    request_us: AtomicU64,
+    statements: AtomicUsize,
+}
+
+impl ServerRecord {
+    pub(crate) fn new(id: u64, pid: u32, stream: &Stream, opened_at: Instant) -> Self {
+        let tcp = stream.transport().tcp();
+        Self {
+            id,
+            pid,
+            peer: tcp.and_then(|tcp| tcp.peer_addr().ok()),
+            local: tcp.and_then(|tcp| tcp.local_addr().ok()),
+            tls: stream.transport().tls_words(),
+            opened_at,
+            close_needed: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            request_us: AtomicU64::new(0),
+            statements: AtomicUsize::new(0),
+        }
+    }
+
+    pub(crate) fn close_needed(&self) -> bool {
+        self.close_needed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn ask_to_close(&self) {
+        self.close_needed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        !self.closed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_closed(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_request(&self, now: Instant) {
+        let us = micros(now.saturating_duration_since(self.opened_at));
+        self.request_us.store(us, Ordering::Relaxed);
+    }
+
+    pub(crate) fn last_request(&self) -> Instant {
+        self.opened_at + Duration::from_micros(self.request_us.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn note_statements(&self, count: usize) {
+        self.statements.store(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn statements(&self) -> usize {
+        self.statements.load(Ordering::Relaxed)
+    }
+}
+
+/// Whole microseconds, without a wide division.
+pub(crate) fn micros(span: Duration) -> u64 {
+    span.as_secs() * 1_000_000 + u64::from(span.subsec_micros())
+}
+
 /// Which client's unnamed statement a server holds: the client and the count of its unnamed Parses.
 pub(crate) type UnnamedOwner = (u64, u64);
 /// No client's: clients are numbered from 1.
@@ -45,6 +123,7 @@ pub(crate) const UNNAMED_UNKNOWN: UnnamedOwner = (0, 0);
 pub(crate) struct ServerConn {
     pub(crate) stream: Stream,
     pub(crate) key: Arc<ServerKey>,
+    pub(crate) record: Arc<ServerRecord>,
     pub(crate) opening: Arc<Opening>,
     pub(crate) reported: Reported,
     /// What SETs have made of it since it was opened.
@@ -129,6 +208,10 @@ impl Statements {
 
     pub(crate) fn remove(&mut self, id: StatementId) {
         self.known.remove(&id);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.known.len()
     }
 
     pub(crate) fn clear(&mut self) {

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -13,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::auth::{self, AuthError, Credentials, Login, Step};
-use super::conn::{ServerConn, ServerKey, Statements};
+use super::conn::{ServerConn, ServerKey, ServerRecord, Statements};
 use super::parameters::{Opening, Reported};
 use super::settings::Settings;
 use super::tls;
@@ -56,11 +57,12 @@ pub(crate) struct Connector {
     negotiation: SslNegotiation,
     channel_binding: ChannelBinding,
     tls: Option<Arc<ClientConfig>>,
-    timeout: Duration,
+    /// Numbers servers.
+    ids: Arc<AtomicU64>,
 }
 
 impl Connector {
-    pub(crate) fn new(url: &ConnectUrl, timeout: Duration) -> io::Result<Self> {
+    pub(crate) fn new(url: &ConnectUrl, ids: Arc<AtomicU64>) -> io::Result<Self> {
         let tls = (url.sslmode != SslMode::Disable)
             .then(|| tls::client_config(url).map(Arc::new))
             .transpose()?;
@@ -71,7 +73,7 @@ impl Connector {
             negotiation: url.ssl_negotiation,
             channel_binding: url.channel_binding,
             tls,
-            timeout,
+            ids,
         })
     }
 
@@ -81,11 +83,12 @@ impl Connector {
         opening: &Arc<Opening>,
         application_name: &str,
         credentials: &Credentials,
+        within: Duration,
     ) -> Result<ServerConn, ConnectError> {
         let login = self.log_in(opening, application_name, credentials);
-        timeout(self.timeout, Box::pin(login))
+        timeout(within, Box::pin(login))
             .await
-            .unwrap_or(Err(ConnectError::TimedOut(self.timeout)))
+            .unwrap_or(Err(ConnectError::TimedOut(within)))
     }
 
     /// As libpq does, `allow` and `prefer` try the other way when the first is refused.
@@ -173,7 +176,9 @@ impl Connector {
         }
         let (pid, secret) = key.unwrap_or((0, Arc::from([])));
         let now = Instant::now();
+        let id = self.ids.fetch_add(1, Ordering::Relaxed) + 1;
         Ok(ServerConn {
+            record: Arc::new(ServerRecord::new(id, pid, &stream, now)),
             stream,
             key: Arc::new(ServerKey {
                 host: Arc::clone(&self.host),

@@ -15,6 +15,7 @@ pub(crate) struct ErrorResponse {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Severity {
+    Notice,
     Error,
     Fatal,
 }
@@ -22,6 +23,7 @@ pub(crate) enum Severity {
 impl Severity {
     fn word(self) -> &'static str {
         match self {
+            Self::Notice => "NOTICE",
             Self::Error => "ERROR",
             Self::Fatal => "FATAL",
         }
@@ -36,6 +38,14 @@ impl ErrorResponse {
             message: message.into(),
             detail: None,
             hint: None,
+        }
+    }
+
+    /// No error at all: goes out as a NoticeResponse.
+    pub(crate) fn notice(message: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Notice,
+            ..Self::error("00000", message)
         }
     }
 
@@ -62,7 +72,11 @@ impl ErrorResponse {
 
     /// Appends the whole frame.
     pub(crate) fn put(&self, out: &mut Vec<u8>) {
-        messages::put_frame(out, b'E', |out| {
+        let tag = match self.severity {
+            Severity::Notice => b'N',
+            Severity::Error | Severity::Fatal => b'E',
+        };
+        messages::put_frame(out, tag, |out| {
             let word = self.severity.word();
             let fields = [
                 (b'S', word),

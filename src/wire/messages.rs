@@ -81,6 +81,30 @@ impl<'a> Bind<'a> {
         }
     }
 
+    /// How many parameters are sent.
+    pub(crate) fn parameter_count(&self) -> Option<u16> {
+        let (formats, rest) = take_u16(self.rest)?;
+        let rest = rest.get(usize::from(formats) * 2..)?;
+        Some(take_u16(rest)?.0)
+    }
+
+    /// The formats wanted for results: none (all text), one for all, or one each. Of a Bind without parameters.
+    pub(crate) fn result_formats(&self) -> Option<Vec<u16>> {
+        let (formats, rest) = take_u16(self.rest)?;
+        let (parameters, rest) = take_u16(rest.get(usize::from(formats) * 2..)?)?;
+        if parameters > 0 {
+            return None;
+        }
+        let (count, mut rest) = take_u16(rest)?;
+        let mut wanted = Vec::with_capacity(usize::from(count).min(rest.len() / 2));
+        for _ in 0..count {
+            let (format, after) = take_u16(rest)?;
+            wanted.push(format);
+            rest = after;
+        }
+        rest.is_empty().then_some(wanted)
+    }
+
     /// Whether parameter `number` is binary, and its bytes.
     fn parameter(&self, number: u16) -> Option<(bool, &'a [u8])> {
         let index = usize::from(number.checked_sub(1)?);
@@ -245,37 +269,46 @@ pub(crate) fn put_negotiate(out: &mut Vec<u8>, minor: u16, unknown: &[&str]) {
     });
 }
 
-/// Appends a RowDescription of text columns.
-pub(crate) fn put_text_columns(out: &mut Vec<u8>, names: &[&str]) {
-    const TEXT_OID: u32 = 25;
+/// A column of a RowDescription of ours.
+pub(crate) struct Described<'a> {
+    pub(crate) name: &'a str,
+    /// The type's OID and size (-1: varying).
+    pub(crate) oid: u32,
+    pub(crate) size: i16,
+    /// 0 text, 1 binary.
+    pub(crate) format: u16,
+}
+
+/// Appends a RowDescription.
+pub(crate) fn put_columns<'a>(
+    out: &mut Vec<u8>,
+    columns: impl ExactSizeIterator<Item = Described<'a>>,
+) {
     put_frame(out, b'T', |out| {
-        out.extend_from_slice(&u16::try_from(names.len()).unwrap_or(u16::MAX).to_be_bytes());
-        for name in names {
-            put_cstr(out, name.as_bytes());
+        let count = u16::try_from(columns.len()).unwrap_or(u16::MAX);
+        out.extend_from_slice(&count.to_be_bytes());
+        for column in columns {
+            put_cstr(out, column.name.as_bytes());
             out.extend_from_slice(&[0; 6]); // no table, no column number
-            out.extend_from_slice(&TEXT_OID.to_be_bytes());
-            out.extend_from_slice(&(-1i16).to_be_bytes());
+            out.extend_from_slice(&column.oid.to_be_bytes());
+            out.extend_from_slice(&column.size.to_be_bytes());
             out.extend_from_slice(&(-1i32).to_be_bytes());
-            out.extend_from_slice(&[0; 2]); // text format
+            out.extend_from_slice(&column.format.to_be_bytes());
         }
     });
 }
 
-/// Appends a DataRow of text values.
-pub(crate) fn put_text_row(out: &mut Vec<u8>, values: &[Option<&str>]) {
+/// Appends a DataRow; each value as its column's format has it, `None` is null.
+pub(crate) fn put_row(out: &mut Vec<u8>, values: impl ExactSizeIterator<Item = Option<Vec<u8>>>) {
     put_frame(out, b'D', |out| {
-        out.extend_from_slice(
-            &u16::try_from(values.len())
-                .unwrap_or(u16::MAX)
-                .to_be_bytes(),
-        );
+        let count = u16::try_from(values.len()).unwrap_or(u16::MAX);
+        out.extend_from_slice(&count.to_be_bytes());
         for value in values {
             match value {
-                Some(text) => {
-                    out.extend_from_slice(
-                        &i32::try_from(text.len()).unwrap_or(i32::MAX).to_be_bytes(),
-                    );
-                    out.extend_from_slice(text.as_bytes());
+                Some(bytes) => {
+                    let length = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
+                    out.extend_from_slice(&length.to_be_bytes());
+                    out.extend_from_slice(&bytes);
                 }
                 None => out.extend_from_slice(&(-1i32).to_be_bytes()),
             }

@@ -42,6 +42,34 @@ impl Transport {
         shown?.first().map(AsRef::as_ref)
     }
 
+    /// Version and cipher, `TLSv1.3/TLS_AES_256_GCM_SHA384`; empty without TLS.
+    pub(crate) fn tls_words(&self) -> String {
+        let (version, suite) = match self {
+            Self::TlsServer(tls) => {
+                let session = tls.get_ref().1;
+                (
+                    session.protocol_version(),
+                    session.negotiated_cipher_suite(),
+                )
+            }
+            Self::TlsClient(tls) => {
+                let session = tls.get_ref().1;
+                (
+                    session.protocol_version(),
+                    session.negotiated_cipher_suite(),
+                )
+            }
+            Self::Plain(_) | Self::Gone => return String::new(),
+        };
+        let version = version.map(|version| format!("{version:?}").replace('_', "."));
+        let suite = suite.map(|suite| format!("{:?}", suite.suite()).replace("TLS13_", "TLS_"));
+        format!(
+            "{}/{}",
+            version.unwrap_or_default(),
+            suite.unwrap_or_default()
+        )
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, room: &mut [u8]) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(room);
         ready!(match self {
@@ -79,6 +107,9 @@ pub(crate) struct Stream {
     pub(crate) output: Vec<u8>,
     /// How much of `output` has been written.
     written: usize,
+    /// Bytes read and written so far, as the protocol has them.
+    pub(crate) received: u64,
+    pub(crate) sent: u64,
     /// The other side has sent its last byte.
     pub(crate) at_eof: bool,
     /// TLS records may still be with us.
@@ -95,6 +126,8 @@ impl Stream {
             input: ReadBuffer::default(),
             output: Vec::new(),
             written: 0,
+            received: 0,
+            sent: 0,
             at_eof: false,
             unflushed: false,
         }
@@ -118,7 +151,10 @@ impl Stream {
         let read = self.transport.poll_read(cx, self.input.room(whole));
         match &read {
             Poll::Ready(Ok(0)) => self.at_eof = true,
-            Poll::Ready(Ok(count)) => self.input.advance(*count),
+            Poll::Ready(Ok(count)) => {
+                self.received += *count as u64;
+                self.input.advance(*count);
+            }
             Poll::Ready(Err(_)) => {}
             Poll::Pending if was_resting => self.input.rest(),
             Poll::Pending => {}
@@ -168,6 +204,7 @@ impl Stream {
             0 => Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
             count => {
                 self.unflushed = !matches!(self.transport, Transport::Plain(_));
+                self.sent += count as u64;
                 Poll::Ready(Ok(count))
             }
         }
@@ -181,6 +218,7 @@ impl Stream {
                 count => {
                     self.unflushed = !matches!(self.transport, Transport::Plain(_));
                     self.written += count;
+                    self.sent += count as u64;
                 }
             }
         }

@@ -6,7 +6,9 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod handover;
 mod maintenance;
+mod pools;
 mod primary;
 mod proxy_killed;
 mod replica;

@@ -189,7 +189,7 @@ async fn rules_are_replaced_for_whoever_comes_next() {
     let mut config = config.unwrap();
     let client = proxy.connect().await;
     config.access = rules("[[access]]\nmethod = \"reject\"", &config);
-    proxy.replace_entrance(&config).unwrap();
+    proxy.reload_as(&config).await.unwrap();
     let refused = try_connect(&proxy.url()).await.map(drop).unwrap_err();
     assert_eq!(refused.code().map(|code| code.code()), Some("28000"));
     assert_eq!(text(&client, "select 'still here'").await, "still here");

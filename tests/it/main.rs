@@ -7,6 +7,7 @@
 
 mod access;
 mod auth;
+mod console;
 mod core;
 mod core14;
 #[cfg(feature = "demo")]
@@ -15,8 +16,10 @@ mod embedded;
 mod events;
 mod hostile;
 mod maintenance;
+mod pools;
 mod protocol;
 mod reads;
+mod reload;
 mod replication;
 mod schema;
 mod session;

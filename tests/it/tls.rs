@@ -621,7 +621,7 @@ async fn a_new_certificate_is_for_new_connections() {
     while client.read().await.unwrap().tag != b'Z' {}
 
     over_tls(&mut config, &new);
-    proxy.replace_entrance(&config).unwrap();
+    proxy.reload_as(&config).await.unwrap();
     assert!(handshake(proxy.port, &new, true, &[]).await.is_some());
     assert!(handshake(proxy.port, &old, true, &[]).await.is_none());
     // Who is in stays in.
@@ -634,7 +634,7 @@ async fn a_new_certificate_is_for_new_connections() {
 
     // One that cannot be read changes nothing.
     config.listen.tls_cert = Some(new.key.clone());
-    let Err(_unreadable) = proxy.replace_entrance(&config) else {
+    let Err(_unreadable) = proxy.reload_as(&config).await else {
         panic!("a key was taken for a certificate")
     };
     assert!(handshake(proxy.port, &new, true, &[]).await.is_some());

@@ -23,7 +23,7 @@ impl Session {
         };
         let batch = bytes.get(..len).unwrap_or_default();
         self.survey
-            .take(batch, huge_at, &self.prepared, &self.shared.classifier);
+            .take(batch, huge_at, &self.prepared, &self.live.classifier);
     }
 
     /// Whether a request that only prepares is answered here: every server is busy, and some server knows the texts.
@@ -36,13 +36,15 @@ impl Session {
             return false;
         }
         let batch = self.client.input.bytes().get(..len).unwrap_or_default();
-        self.prepared.may_defer(batch, &self.shared.statements) && self.pool(PRIMARY).is_busy()
+        self.prepared.may_defer(batch, &self.shared.statements)
+            && self.pool(PRIMARY).is_some_and(|pool| pool.is_busy())
     }
 
     /// Answers a batch in the server's place: the one in `kept`.
     pub(super) async fn answer_kept_batch(&mut self, tag: &str) -> Result<(), SessionError> {
         self.prepared
             .note_batch(&self.kept, &self.survey.parsed, &self.shared.statements);
+        self.tally.prepared(self.survey.parsed.len(), 0, 0);
         reply::put_batch(&mut self.client.output, &self.kept, tag);
         self.shared.counters.answered_here.inc();
         Ok(self.client.flush().await?)
@@ -69,6 +71,7 @@ impl Session {
         } else {
             None
         };
+        let answers = self.exchange.expected.len();
         let translated = self.prepared.translate(
             batch,
             &self.survey.parsed,
@@ -77,6 +80,19 @@ impl Session {
             &mut self.exchange.expected,
             &self.shared.statements,
         );
+        let (mut by_client, mut on_server) = (0, 0);
+        for answer in self.exchange.expected.iter().skip(answers) {
+            match answer {
+                Expected::Parsed(..) | Expected::ParsedUnnamed(_) => {
+                    by_client += 1;
+                    on_server += 1;
+                }
+                Expected::OursParsed(..) | Expected::OursParsedUnnamed(_) => on_server += 1,
+                Expected::Closed(_) | Expected::OursOther | Expected::OursClosed(_) => {}
+            }
+        }
+        self.tally
+            .prepared(by_client, on_server, self.survey.bound.len());
         match (translated, source) {
             (Translated::AsItIs, Source::Input) => self.exchange.upload = len,
             (Translated::AsItIs, Source::Kept) => lease.stream.output.extend_from_slice(batch),
@@ -124,7 +140,7 @@ impl Session {
             Unit::Query(header) => {
                 let text = query_text(body_so_far(self.client.input.bytes(), header));
                 let analysis =
-                    text.map_or_else(Analysis::other, |text| self.shared.classifier.analyse(text));
+                    text.map_or_else(Analysis::other, |text| self.live.classifier.analyse(text));
                 self.request
                     .effects
                     .extend(analysis.effects.iter().cloned());

@@ -3,12 +3,13 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN.
+//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
 
 mod batches;
 mod replica;
 mod servers;
 mod subscriptions;
+mod tally;
 mod waiting;
 
 use std::sync::Arc;
@@ -17,21 +18,25 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::tally::Tally;
 use super::error::{SessionError, no_server};
+use super::live::{Live, Running, Standing};
 use super::prepared::Prepared;
 use super::request::{BatchEnd, Grouping, Unit};
+use super::roster::{Entry, Listed};
 use super::run_tokens::Writing;
-use super::shared::{Running, Shared};
+use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, RunRef};
 use crate::events::Subscriber;
-use crate::pool::checkout::{Checkout, Pool};
+use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{Exchange, Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView};
 use crate::server::parameters::{Opening, Reported};
+use crate::upstream;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
 use crate::wire::messages::{TxStatus, put_ready, query_text};
@@ -41,7 +46,7 @@ use crate::wire::stream::Stream;
 const PARTING_MAX: Duration = Duration::from_secs(2);
 /// A buffer that grew larger for one request is given back.
 const KEPT_MAX: usize = 64 * 1024;
-/// The primary's place among the upstreams; replica n is n + 1.
+/// The primary's place among the configuration's upstreams; the replicas follow.
 const PRIMARY: usize = 0;
 
 /// A logged-in client.
@@ -49,7 +54,12 @@ pub(super) struct Session {
     id: u64,
     pub(super) client: Stream,
     shared: Arc<Shared>,
-    running: watch::Receiver<Running>,
+    standing: watch::Receiver<Standing>,
+    running: Running,
+    /// The configuration this session goes by; the next one is adopted between requests.
+    live: Arc<Live>,
+    listed: Listed,
+    tally: Tally,
     opening: Arc<Opening>,
     application_name: String,
     key: CancelKey,
@@ -76,7 +86,7 @@ pub(super) struct Session {
     skip_to_sync: bool,
 
     /// This client's pools, by upstream, as it came to need them.
-    pools: Vec<Option<Arc<Pool>>>,
+    pools: Vec<Option<Member>>,
     lease: Option<Checkout>,
     /// The replica that the lease is, or last was, one of; `None`: the primary's.
     replica: Option<usize>,
@@ -150,10 +160,26 @@ impl Source {
 
 impl Session {
     pub(super) fn new(login: LoggedIn, shared: Arc<Shared>) -> Self {
+        let mut standing = shared.standing.clone();
+        let Standing { running, live } = standing.borrow_and_update().clone();
+        let home = shared.pools.pool(&login.opening, upstream::PRIMARY);
+        let listed = shared.roster.enter(
+            login.id,
+            &login.opening,
+            &login.application_name,
+            &login.key.slot,
+            &login.client,
+            false,
+        );
         Self {
             id: login.id,
             client: login.client,
-            running: shared.running.clone(),
+            standing,
+            running,
+            live,
+            listed,
+            tally: Tally::new(&home.stats),
+            pools: vec![Some(home.join(&login.opening))],
             shared,
             opening: login.opening,
             key: login.key,
@@ -171,7 +197,6 @@ impl Session {
             transaction: Transaction::default(),
             kept: Vec::new(),
             skip_to_sync: false,
-            pools: Vec::new(),
             lease: None,
             replica: None,
         }
@@ -200,17 +225,39 @@ impl Session {
     /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
     pub(super) async fn part(&mut self) {
         self.give_up_server().await;
-        for pool in self.pools.iter().flatten() {
-            pool.disown(self.id);
+        for member in self.pools.iter().flatten() {
+            member.pool().disown(self.id);
+        }
+    }
+
+    /// What others see of this client.
+    pub(super) fn entry(&self) -> &Arc<Entry> {
+        self.listed.entry()
+    }
+
+    /// Goes by what all clients have been told last.
+    fn adopt_standing(&mut self) {
+        let Standing { running, live } = self.standing.borrow_and_update().clone();
+        self.running = running;
+        let moved = !Arc::ptr_eq(&live.upstreams, &self.live.upstreams);
+        self.live = live;
+        if moved {
+            // A replica's place is another's now; what the last one showed stays the floor.
+            if let Some((_, answered)) = self.last_replica.take() {
+                self.seen_until = self.seen_until.max(answered);
+            }
+            for member in self.pools.drain(1..).flatten() {
+                member.pool().disown(self.id);
+            }
         }
     }
 
     async fn query(&mut self, header: Header) -> Result<(), SessionError> {
         let body = body_so_far(self.client.input.bytes(), header);
         let analysis = match query_text(body) {
-            Some(text) => self.shared.classifier.analyse(text),
+            Some(text) => self.live.classifier.analyse(text),
             // Judged by its beginning; what its end does is known by its tag alone.
-            None if header.is_huge() => self.shared.classifier.analyse(body),
+            None if header.is_huge() => self.live.classifier.analyse(body),
             None => {
                 self.skip(header.whole).await?;
                 let invalid = ErrorResponse::error("08P01", "invalid string in message");
@@ -360,7 +407,10 @@ impl Session {
             && let Some(lease) = &self.lease
         {
             self.reported = lease.reported.clone();
+            self.note_name();
         }
+        let now = Instant::now();
+        self.tally.ended(now, after == TxStatus::Idle, &self.client);
         let tag = self.exchange.tag;
         let ending = Ending {
             failed: self.exchange.error.is_some(),
@@ -371,13 +421,17 @@ impl Session {
         };
         let pins_before = self.state.pins;
         let consequences = self.state.request_ended(effects, statements, ending);
-        self.shared
-            .counters
-            .count_pins(pins_before, self.state.pins);
+        if self.state.pins != pins_before {
+            self.shared
+                .counters
+                .count_pins(pins_before, self.state.pins);
+            self.entry().note_pins(self.state.pins);
+        }
+        self.entry().note_statements(self.prepared.len());
         self.forget_deallocated(effects, ending, consequences);
         self.mark_server(effects);
         if after == TxStatus::Idle {
-            self.end_transaction(ending, consequences).await?;
+            self.end_transaction(ending, consequences, now).await?;
         }
         if self.exchange.keep_ready {
             put_ready(&mut self.client.output, after);
@@ -420,9 +474,10 @@ impl Session {
         &mut self,
         ending: Ending,
         consequences: Consequences,
+        now: Instant,
     ) -> Result<(), SessionError> {
         if self.replica.is_none() {
-            self.seen_until = Instant::now();
+            self.seen_until = now;
             let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
             self.transaction.writing = None;
             self.shared.runs.seen(touched);
@@ -469,7 +524,7 @@ impl Session {
             (Some(_), TxStatus::Idle) => SessionView::Pinned,
             (None, TxStatus::Idle) => SessionView::Free,
         };
-        route::plan(analysis, view, self.shared.route)
+        route::plan(analysis, view, self.live.route)
     }
 
     /// Takes a request out of the client's input.

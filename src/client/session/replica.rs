@@ -21,11 +21,12 @@ use crate::wire::messages::TxStatus;
 impl Session {
     /// A replica that has all that this session, and whoever wrote to these runs, must find there.
     pub(super) async fn fresh_replica(&mut self, run: RunRef) -> Option<usize> {
-        let freshness = self.shared.freshness.as_ref()?;
+        let live = Arc::clone(&self.live);
+        let freshness = live.freshness.as_ref()?;
         let last = self.last_replica.map(|(replica, _)| replica);
         let since = self.floor(run);
         let mut fresh = freshness
-            .fresh_replica(since, last, self.shared.replica_wait)
+            .fresh_replica(since, last, live.replica_wait())
             .await;
         // Another replica than the last one may be behind it, and time must not go back.
         if let (Some(replica), Some((before, answered))) = (fresh, self.last_replica)
@@ -33,7 +34,7 @@ impl Session {
         {
             let since = since.max(answered);
             fresh = freshness
-                .fresh_replica(since, Some(replica), self.shared.replica_wait)
+                .fresh_replica(since, Some(replica), live.replica_wait())
                 .await;
         }
         if fresh.is_none() {
@@ -44,7 +45,7 @@ impl Session {
 
     /// What a replica must have replayed for this session's read of `run`.
     fn floor(&self, run: RunRef) -> Instant {
-        match self.shared.route.consistency {
+        match self.live.route.consistency {
             Consistency::Eventual => self.shared.started,
             Consistency::Session | Consistency::Primary => {
                 self.shared.runs.since(run).max(self.seen_until)
@@ -156,7 +157,7 @@ impl Session {
     }
 
     fn read_plan(&self, analysis: &Analysis) -> Plan {
-        route::plan(analysis, SessionView::Free, self.shared.route)
+        route::plan(analysis, SessionView::Free, self.live.route)
     }
 
     /// A request that began on a replica with nothing but Parse and Describe goes on elsewhere: nothing has run yet.
@@ -204,7 +205,7 @@ impl Session {
         self.last_replica = self.replica.map(|replica| (replica, Instant::now()));
         // Another replica may be behind this one, so what it showed is a floor for whoever asks another.
         let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
-        if self.shared.upstreams.len() > 2 {
+        if self.live.upstreams.len() > 2 {
             self.shared.runs.seen(touched);
         }
         Ok(())

@@ -1,15 +1,16 @@
 //! The server in a session's hand: how it comes, is made to fit the session and the request, carries it, and goes back.
 //! Never reads what the client says, nor decides which upstream it is to be. Called by its siblings.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::time::timeout;
+use tokio::time::{Duration, Instant, sleep_until, timeout};
 use tracing::debug;
 
 use super::{PARTING_MAX, PRIMARY, Session, server_lost};
 use crate::classify::Effect;
-use crate::client::error::SessionError;
+use crate::client::error::{SessionError, still_waiting};
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{self, Pause, RelayError};
@@ -20,34 +21,46 @@ impl Session {
     /// Makes sure that the session holds a server: the one it has, or one of the upstream's pool with this session's
     /// settings.
     pub(super) async fn hold(&mut self, upstream: usize) -> Result<(), CheckoutError> {
-        if self.lease.is_some() {
+        if let Some(lease) = &self.lease {
+            let (now, opens) = (Instant::now(), lease.tx == TxStatus::Idle);
+            lease.record.note_request(now);
+            self.entry().note_request(now);
+            self.tally.begin(now, opens);
             return Ok(());
         }
         if std::mem::take(&mut self.request.cancelled) {
             return Err(CheckoutError::Cancelled);
         }
-        let pool = self.pool(upstream);
-        let wish = Wish {
+        let Some(pool) = self.pool(upstream) else {
+            return Err(CheckoutError::Gone);
+        };
+        let taken = pool.take_now(Wish {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
-        };
-        let within = (upstream != PRIMARY).then_some(self.shared.replica_wait);
-        let mut lease = match pool.take_now(wish) {
-            Some(lease) => lease,
+        });
+        let (mut lease, waited) = match taken {
+            Some(lease) => (lease, Duration::ZERO),
             None => {
-                let wait = self.key.slot.wait();
-                tokio::select! {
-                    biased;
-                    lease = pool.checkout(wish, within) => lease?,
-                    () = wait.cancelled() => return Err(CheckoutError::Cancelled),
-                }
+                let began = Instant::now();
+                self.entry().note_request(began);
+                self.entry().note_waiting(Some(began));
+                let lease = self.wait_for_server(&pool, upstream).await;
+                self.entry().note_waiting(None);
+                (lease?, began.elapsed())
             }
         };
+        let now = Instant::now();
+        lease.record.note_request(now);
+        self.entry().note_request(now);
+        self.entry().note_server(lease.record.id);
+        self.tally.lent(waited);
+        self.tally.begin(now, true);
         // From here on a cancel goes to this server.
         self.key.slot.hold(&lease.key);
         if let Err(error) = self.fit(&mut lease).await {
             self.key.slot.release().await;
+            self.entry().note_server(0);
             return Err(CheckoutError::Settings(error));
         }
         // A replica reports that it is one; the client talks to the primary, as far as it knows.
@@ -56,10 +69,58 @@ impl Session {
                 put_parameter_status(&mut self.client.output, name, value);
             }
             self.reported = lease.reported.clone();
+            self.note_name();
         }
         self.replica = upstream.checked_sub(1);
         self.lease = Some(lease);
         Ok(())
+    }
+
+    /// Waits for a server; the client may cancel that, and is told when it takes long.
+    async fn wait_for_server(
+        &mut self,
+        pool: &Arc<Pool>,
+        upstream: usize,
+    ) -> Result<Checkout, CheckoutError> {
+        let within = (upstream != PRIMARY).then_some(self.live.replica_wait());
+        let wish = Wish {
+            client: self.id,
+            opening: &self.opening,
+            application_name: &self.application_name,
+        };
+        let began = Instant::now();
+        // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
+        let patience = self.live.config.pool.notice_after;
+        let mut notice = patience.filter(|_| !self.exchange.is_mid_message());
+        // A client that does not read its notice is not waited for.
+        let mut telling = false;
+        let wait = self.key.slot.wait();
+        let mut checkout = pin!(pool.checkout(wish, within));
+        loop {
+            tokio::select! {
+                biased;
+                lease = &mut checkout => return lease,
+                () = wait.cancelled() => return Err(CheckoutError::Cancelled),
+                () = sleep_until(began + notice.unwrap_or_default()), if notice.is_some() => {
+                    still_waiting(began.elapsed(), pool.counts()).put(&mut self.client.output);
+                    notice = None;
+                    telling = true;
+                }
+                told = self.client.flush(), if telling => {
+                    telling = false;
+                    if let Err(error) = told {
+                        debug!(%error, "client could not be told that it waits");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The client may have renamed itself.
+    pub(super) fn note_name(&self) {
+        if let Some(name) = self.reported.find("application_name") {
+            self.entry().rename(name);
+        }
     }
 
     /// Gives a server this session's settings; what others drew from its sequences is forgotten where anybody asks.
@@ -189,6 +250,7 @@ impl Session {
             return;
         };
         self.key.slot.release().await;
+        self.entry().note_server(0);
         match reset::prove(&lease) {
             Some(clean) => lease.check_in(clean, Some(self.id)),
             None => debug!(
@@ -223,14 +285,16 @@ impl Session {
         }
     }
 
-    pub(super) fn pool(&mut self, upstream: usize) -> Arc<Pool> {
+    /// `None`: there is no such upstream any more.
+    pub(super) fn pool(&mut self, upstream: usize) -> Option<Arc<Pool>> {
+        let id = self.live.upstreams.get(upstream)?.id;
         if self.pools.len() <= upstream {
-            self.pools.resize(upstream + 1, None);
+            self.pools.resize_with(upstream + 1, || None);
         }
-        let shared = &self.shared;
-        let opening = &self.opening;
-        let slot = &mut self.pools[upstream];
-        Arc::clone(slot.get_or_insert_with(|| shared.pools.pool(opening, upstream)))
+        let (shared, opening) = (&self.shared, &self.opening);
+        let slot = self.pools.get_mut(upstream)?;
+        let member = slot.get_or_insert_with(|| shared.pools.pool(opening, id).join(opening));
+        Some(Arc::clone(member.pool()))
     }
 
     pub(super) fn tx(&self) -> TxStatus {

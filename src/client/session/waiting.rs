@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use super::{Session, whole_length};
 use crate::classify::RunRef;
 use crate::client::error::SessionError;
+use crate::client::live::Running;
 use crate::client::request::{BatchEnd, Grouping, Unit};
-use crate::client::shared::Running;
 use crate::events::{Delivery, Subscriber};
 use crate::pool::checkout::Checkout;
 use crate::pool::reset;
@@ -32,12 +32,15 @@ impl Session {
     /// The next unit at the front of the client's input. While waiting: notifications go out, a held server's words are
     /// passed on, a shutdown ends the session between transactions.
     pub(super) async fn next_unit(&mut self) -> Result<Unit, SessionError> {
+        if self.standing.has_changed().unwrap_or(false) {
+            self.adopt_standing();
+        }
         loop {
             let needed = match self.grouping.next(self.client.input.bytes())? {
                 Unit::Incomplete { needed } => needed,
                 unit => return Ok(unit),
             };
-            if self.tx() == TxStatus::Idle && *self.running.borrow() != Running::Serving {
+            if self.tx() == TxStatus::Idle && self.running >= Running::Draining {
                 return Err(SessionError::Shutdown);
             }
             // Whole messages without a Sync or Flush: an error in them is due at once, so they do not wait for ever.
@@ -55,16 +58,17 @@ impl Session {
                     self.grouping = Grouping::default();
                     return Ok(Unit::Batch { len: gathered, end: BatchEnd::Flush });
                 }
-                changed = self.running.changed() => {
+                changed = self.standing.changed() => {
                     if changed.is_err() {
                         return Err(SessionError::Shutdown);
                     }
-                    Woken::Shutdown
+                    Woken::Told
                 }
             };
             match woken {
                 Woken::Client(0) => return Err(client_gone()),
-                Woken::Client(_) | Woken::Shutdown => {}
+                Woken::Client(_) => {}
+                Woken::Told => self.adopt_standing(),
                 Woken::Delivery(delivery) => self.deliver(delivery).await?,
                 Woken::Server(count) => self.hear_server(count).await?,
             }
@@ -185,7 +189,8 @@ enum Woken {
     Client(usize),
     Server(usize),
     Delivery(Delivery),
-    Shutdown,
+    /// All clients were told something: a shutdown, another configuration.
+    Told,
 }
 
 impl Waiting<'_> {

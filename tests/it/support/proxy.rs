@@ -1,9 +1,10 @@
 //! A proxy of a test's own: `flowgate::app` in this process, on a free port of the loopback, trust unless the test says
 //! otherwise. Its control plane runs on the test's runtime, its data plane on threads of its own.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use flowgate::app::{self, App};
+use flowgate::app::{self, App, Hooks, NotReloaded, Reloaded};
 use flowgate::config::{self, Config, Flags};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
@@ -22,6 +23,8 @@ pub(crate) struct Proxy {
     pub(crate) user: String,
     /// Where the same database is without us.
     pub(crate) direct_url: String,
+    /// What the next reload reads.
+    next: Arc<Mutex<Config>>,
     app: App,
 }
 
@@ -64,13 +67,26 @@ impl Proxy {
     ) -> Self {
         let mut config = config(primary, replicas);
         tweak(&mut config);
+        let next = Arc::new(Mutex::new(config.clone()));
+        let read = Arc::clone(&next);
+        let hooks = Hooks {
+            reread: Some(Arc::new(move || Ok(read.lock().unwrap().clone()))),
+            set_log: None,
+        };
+        let mut proxy = Self::of_config(&config, primary, hooks).await;
+        proxy.next = next;
+        proxy
+    }
+
+    pub(crate) async fn of_config(config: &Config, primary: &str, hooks: Hooks) -> Self {
         let (database, user) = (config.primary.database.clone(), config.primary.user.clone());
-        let app = app::start(&config).await.unwrap();
+        let app = app::start_with(config, hooks).await.unwrap();
         Self {
             port: app.postgres.port(),
             database,
             user,
             direct_url: primary.to_owned(),
+            next: Arc::new(Mutex::new(config.clone())),
             app,
         }
     }
@@ -83,6 +99,28 @@ impl Proxy {
             ..
         } = self;
         format!("postgres://{user}@127.0.0.1:{port}/{database}")
+    }
+
+    /// The admin console's.
+    pub(crate) fn console_url(&self) -> String {
+        format!("postgres://{}@127.0.0.1:{}/flowgate", self.user, self.port)
+    }
+
+    /// An admin in the console.
+    pub(crate) async fn console(&self) -> Client {
+        connect(&self.console_url()).await
+    }
+
+    pub(crate) async fn reload(&self) -> Result<Reloaded, NotReloaded> {
+        self.app.reload().await
+    }
+
+    pub(crate) fn app(&self) -> &App {
+        &self.app
+    }
+
+    pub(crate) fn into_app(self) -> App {
+        self.app
     }
 
     /// A client through the proxy; a task of its own drives it.
@@ -123,9 +161,10 @@ impl Proxy {
         self.metric(&format!("flowgate_requests_total{{to=\"{to}\"}}"))
     }
 
-    /// What a reload does to certificates, PROXY headers and access rules.
-    pub(crate) fn replace_entrance(&self, config: &Config) -> Result<(), app::AppError> {
-        self.app.replace_entrance(config)
+    /// As if the operator had written that.
+    pub(crate) async fn reload_as(&self, config: &Config) -> Result<Reloaded, NotReloaded> {
+        self.next.lock().unwrap().clone_from(config);
+        self.reload().await
     }
 
     pub(crate) async fn shut_down(self) {
@@ -209,6 +248,44 @@ pub(crate) async fn try_text(client: &Client, sql: &str) -> Result<String, tokio
         _ => None,
     });
     Ok(row.unwrap_or_default())
+}
+
+/// Rows by column name, nulls left out.
+pub(crate) type Table = Vec<std::collections::BTreeMap<String, String>>;
+
+/// What a SHOW of the console shows.
+pub(crate) async fn table(console: &Client, show: &str) -> Table {
+    let messages = timeout(PATIENCE, console.simple_query(show))
+        .await
+        .expect("an answer in time")
+        .unwrap_or_else(|error| panic!("{show}: {error:?}"));
+    let row = |message: SimpleQueryMessage| match message {
+        SimpleQueryMessage::Row(row) => {
+            let columns = row.columns().iter().enumerate();
+            let named = columns.filter_map(|(at, column)| {
+                Some((column.name().to_owned(), row.get(at)?.to_owned()))
+            });
+            Some(named.collect())
+        }
+        _ => None,
+    };
+    messages.into_iter().filter_map(row).collect()
+}
+
+/// The row of a SHOW whose column reads so.
+pub(crate) async fn row(
+    console: &Client,
+    show: &str,
+    column: &str,
+    value: &str,
+) -> std::collections::BTreeMap<String, String> {
+    let rows = table(console, show).await;
+    let found = rows
+        .iter()
+        .find(|row| row.get(column).map(String::as_str) == Some(value));
+    found
+        .unwrap_or_else(|| panic!("{show}: no {column} = {value} in {rows:?}"))
+        .clone()
 }
 
 /// The SQLSTATE of what must be an error of the server's.

@@ -1,0 +1,333 @@
+//! The books of one pool: which servers are idle, how many are open, who waits. Synchronous, no I/O, no clock.
+//! INVARIANT: `open` counts every server that exists or is being opened; waiters exist only while no server they could
+//! use is idle, unless the pool is paused. `checkout.rs` keeps it behind a lock that is never held over an await.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use tokio::time::Instant;
+
+/// What the shelf needs to know of a server.
+pub(crate) trait Shelved {
+    /// Servers are interchangeable among clients of an equal kind.
+    type Kind: PartialEq + Clone;
+    fn kind(&self) -> &Self::Kind;
+}
+
+/// Who says whether the upstream has room for one more server.
+pub(crate) trait Rooms {
+    type Room;
+    /// For a server more.
+    fn open(&mut self) -> Option<Self::Room>;
+    /// For a server in the place of one that is closed.
+    fn replace(&mut self) -> Option<Self::Room>;
+}
+
+/// A client, for affinity.
+pub(crate) type ClientId = u64;
+
+pub(crate) struct Shelf<S: Shelved, W> {
+    idle: Vec<Idle<S>>,
+    open: usize,
+    bounds: Bounds,
+    paused: bool,
+    waiters: VecDeque<Waiter<S::Kind, W>>,
+    next_ticket: u64,
+}
+
+/// How many servers a pool may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    pub(crate) size: usize,
+    /// So many more for waiters whose patience is at its end.
+    pub(crate) reserve: usize,
+}
+
+struct Idle<S> {
+    server: S,
+    owner: Option<ClientId>,
+}
+
+struct Waiter<K, W> {
+    ticket: u64,
+    since: Instant,
+    kind: K,
+    wake: W,
+}
+
+/// What a client that wants a server gets.
+pub(crate) enum Take<S, R> {
+    Ready(S),
+    /// A slot is reserved: open a server, or give the slot back.
+    Open(R),
+    /// The same, after closing this one.
+    Replace(S, R),
+    /// Nothing free; the ticket takes the wish back.
+    Wait {
+        ticket: u64,
+        /// The pool might have one more, the upstream has no room for it.
+        starved: bool,
+    },
+}
+
+/// What becomes of a server that came back.
+pub(crate) enum Put<S, W> {
+    /// It is idle now.
+    Kept,
+    /// Hand it to this waiter.
+    Hand(S, W),
+    /// It is one too many, or not what the next waiter needs: to be closed, and reported `closed`.
+    Close(S),
+}
+
+/// What a waiter may be offered after something was closed or room was made.
+pub(crate) enum Offer<S, W, R> {
+    /// Nobody waits, or none may be opened.
+    Nothing,
+    /// Somebody waits, and the upstream has no room.
+    Starved,
+    /// This waiter may open a server, after closing the other one.
+    Slot(W, R, Option<S>),
+}
+
+impl<S: Shelved, W> Shelf<S, W> {
+    pub(crate) fn new(bounds: Bounds, paused: bool) -> Self {
+        Self {
+            idle: Vec::new(),
+            open: 0,
+            bounds,
+            paused,
+            waiters: VecDeque::new(),
+            next_ticket: 0,
+        }
+    }
+
+    /// A server that may be had at once and at nobody's cost: the client's own, or one that nobody owns.
+    pub(crate) fn take_idle(&mut self, client: ClientId, kind: &S::Kind) -> Option<S> {
+        if self.paused {
+            return None;
+        }
+        let fits = |idle: &Idle<S>| idle.server.kind() == kind;
+        let own = self
+            .idle
+            .iter()
+            .position(|idle| idle.owner == Some(client) && fits(idle));
+        let free = || {
+            self.idle
+                .iter()
+                .rposition(|idle| idle.owner.is_none() && fits(idle))
+        };
+        own.or_else(free).map(|at| self.idle.remove(at).server)
+    }
+
+    /// Affinity first: the client's own server; then one nobody owns; then a new one; then the one idle longest.
+    pub(crate) fn take<R: Rooms>(
+        &mut self,
+        client: ClientId,
+        kind: &S::Kind,
+        now: Instant,
+        rooms: &mut R,
+        wake: impl FnOnce() -> W,
+    ) -> Take<S, R::Room> {
+        if let Some(server) = self.take_idle(client, kind) {
+            return Take::Ready(server);
+        }
+        let mut starved = false;
+        if !self.paused {
+            // Room that comes free is for those who wait for it already.
+            let in_turn = self.waiters.is_empty();
+            if self.open < self.bounds.size {
+                if let Some(room) = in_turn.then(|| rooms.open()).flatten() {
+                    self.open += 1;
+                    return Take::Open(room);
+                }
+                starved = true;
+            }
+            // Idle servers stand in the order they came back, so the first that fits has been idle longest.
+            if let Some(at) = self.idle.iter().position(|idle| idle.server.kind() == kind) {
+                return Take::Ready(self.idle.remove(at).server);
+            }
+            if !self.idle.is_empty() {
+                if let Some(room) = in_turn.then(|| rooms.replace()).flatten() {
+                    return Take::Replace(self.idle.remove(0).server, room);
+                }
+                starved = true;
+            }
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.waiters.push_back(Waiter {
+            ticket,
+            since: now,
+            kind: kind.clone(),
+            wake: wake(),
+        });
+        Take::Wait { ticket, starved }
+    }
+
+    /// A server comes back clean; `owner` is the client it stays warm for.
+    pub(crate) fn put(&mut self, server: S, owner: Option<ClientId>) -> Put<S, W> {
+        let Bounds { size, reserve } = self.bounds;
+        if self.paused || self.open > size + reserve {
+            return Put::Close(server);
+        }
+        match self.waiters.front() {
+            None if self.open > size => Put::Close(server),
+            None => {
+                self.idle.push(Idle { server, owner });
+                Put::Kept
+            }
+            Some(next) if next.kind != *server.kind() => Put::Close(server),
+            Some(_) => match self.waiters.pop_front() {
+                Some(waiter) => Put::Hand(server, waiter.wake),
+                None => Put::Close(server),
+            },
+        }
+    }
+
+    /// A server was closed, or could not be opened. `offer` whoever waits what that leaves.
+    pub(crate) fn closed(&mut self) {
+        self.open -= 1;
+    }
+
+    /// A slot for a server nobody has asked for yet, to keep some ready.
+    pub(crate) fn reserve_slot<R: Rooms>(&mut self, keep: usize, rooms: &mut R) -> Option<R::Room> {
+        if self.paused || self.open >= keep.min(self.bounds.size) {
+            return None;
+        }
+        let room = rooms.open()?;
+        self.open += 1;
+        Some(room)
+    }
+
+    /// What the first waiter may have now.
+    pub(crate) fn offer<R: Rooms>(&mut self, rooms: &mut R) -> Offer<S, W, R::Room> {
+        if self.paused || self.waiters.is_empty() {
+            return Offer::Nothing;
+        }
+        let (room, old) = if self.open < self.bounds.size {
+            let Some(room) = rooms.open() else {
+                return Offer::Starved;
+            };
+            self.open += 1;
+            (room, None)
+        } else if self.idle.is_empty() {
+            return Offer::Nothing;
+        } else {
+            // Of another kind, or nobody would be waiting.
+            let Some(room) = rooms.replace() else {
+                return Offer::Starved;
+            };
+            (room, Some(self.idle.remove(0).server))
+        };
+        match self.waiters.pop_front() {
+            Some(waiter) => Offer::Slot(waiter.wake, room, old),
+            None => Offer::Nothing,
+        }
+    }
+
+    /// The waiter with this ticket has waited long enough to be given of the reserve.
+    pub(crate) fn claim_reserve<R: Rooms>(
+        &mut self,
+        ticket: u64,
+        rooms: &mut R,
+    ) -> Offer<S, W, R::Room> {
+        let at = self
+            .waiters
+            .iter()
+            .position(|waiter| waiter.ticket == ticket);
+        let Some(at) = at.filter(|_| !self.paused) else {
+            return Offer::Nothing;
+        };
+        if self.open >= self.bounds.size + self.bounds.reserve {
+            return Offer::Nothing;
+        }
+        let Some(room) = rooms.open() else {
+            return Offer::Starved;
+        };
+        self.open += 1;
+        match self.waiters.remove(at) {
+            Some(waiter) => Offer::Slot(waiter.wake, room, None),
+            None => Offer::Nothing,
+        }
+    }
+
+    /// The waiter with this ticket has given up.
+    pub(crate) fn forget(&mut self, ticket: u64) {
+        self.waiters.retain(|waiter| waiter.ticket != ticket);
+    }
+
+    /// This client is gone: its idle server is anybody's.
+    pub(crate) fn disown(&mut self, client: ClientId) {
+        self.idle
+            .iter_mut()
+            .filter(|idle| idle.owner == Some(client))
+            .for_each(|idle| idle.owner = None);
+    }
+
+    /// Takes out every idle server `wanted` picks; each must be reported `closed`.
+    pub(crate) fn remove_idle(&mut self, mut wanted: impl FnMut(&mut S) -> bool) -> Vec<S> {
+        let mut removed = Vec::new();
+        let mut at = 0;
+        while let Some(idle) = self.idle.get_mut(at) {
+            if wanted(&mut idle.server) {
+                removed.push(self.idle.remove(at).server);
+            } else {
+                at += 1;
+            }
+        }
+        removed
+    }
+
+    /// Takes out the server idle longest; it must be reported `closed`.
+    pub(crate) fn remove_oldest(&mut self) -> Option<S> {
+        (!self.idle.is_empty()).then(|| self.idle.remove(0).server)
+    }
+
+    pub(crate) fn oldest(&self) -> Option<&S> {
+        self.idle.first().map(|idle| &idle.server)
+    }
+
+    pub(crate) fn idle(&self) -> impl Iterator<Item = &S> {
+        self.idle.iter().map(|idle| &idle.server)
+    }
+
+    /// From now on. Returns idle servers that are too many; each must be reported `closed`.
+    pub(crate) fn resize(&mut self, bounds: Bounds) -> Vec<S> {
+        self.bounds = bounds;
+        let surplus = self.open.saturating_sub(bounds.size).min(self.idle.len());
+        self.idle.drain(..surplus).map(|idle| idle.server).collect()
+    }
+
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// Nothing is lent while paused; what comes back is to be closed.
+    pub(crate) fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    /// Since when the first waiter waits.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.waiters.front().map(|waiter| waiter.since)
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        Counts {
+            open: self.open,
+            idle: self.idle.len(),
+            waiting: self.waiters.len(),
+        }
+    }
+}
+
+/// How full a pool is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) open: usize,
+    pub(crate) idle: usize,
+    pub(crate) waiting: usize,
+}
