@@ -8,6 +8,9 @@
 -- A map's task that is not the last costs two HOT updates and the archive, however large the map, and holds the step's row,
 -- for which all others of the map wait, as late and as briefly as it can. It looks at the run before: a failure that commits
 -- after that look comes after this completion, and archives what is left.
+--
+-- Rows are returned column by column: a call under way when an upgrade gives the table more columns still returns those it was
+-- planned with, instead of failing after its work is done.
 create or replace function pgflow.complete_task(run_id uuid, step_slug text, task_index integer, output jsonb)
 returns setof pgflow.step_tasks
 language plpgsql
@@ -76,7 +79,9 @@ begin
             where r.run_id = complete_task.run_id;
         end if;
         return query
-        select t.*
+        select
+            t.flow_slug, t.run_id, t.step_slug, t.message_id, t.task_index, t.status, t.attempts_count, t.error_message,
+            t.output, t.queued_at, t.completed_at, t.failed_at, t.started_at, t.last_worker_id
         from pgflow.step_tasks as t
         where t.run_id = complete_task.run_id and t.step_slug = complete_task.step_slug
           and t.task_index = complete_task.task_index;
@@ -118,7 +123,10 @@ begin
 
         if v_left > 0 then
             perform pgflow._archive_message(v_task.flow_slug, v_task.message_id);
-            return next v_task;
+            return next (
+                v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+                v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at,
+                v_task.failed_at, v_task.started_at, v_task.last_worker_id);
             return;
         end if;
 
@@ -135,7 +143,10 @@ begin
             set status = 'started', completed_at = null, output = null
             where t.run_id = v_task.run_id and t.step_slug = v_task.step_slug and t.task_index = v_task.task_index
             returning t.* into v_task;
-            return next v_task;
+            return next (
+                v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+                v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at,
+                v_task.failed_at, v_task.started_at, v_task.last_worker_id);
             return;
         end if;
         v_step_type := 'map';
@@ -208,6 +219,9 @@ begin
         end if;
     end if;
     perform pgflow._archive_message(v_task.flow_slug, v_task.message_id);
-    return next v_task;
+    return next (
+        v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+        v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at, v_task.failed_at,
+        v_task.started_at, v_task.last_worker_id);
 end;
 $$;

@@ -3,6 +3,9 @@
 -- Called by: workers, once per failed try. Failure: the caller's, whole; the message comes back when its time is up.
 -- Locks, until commit: a step's only task takes the run first, then the task; a map's task takes the task, and step and run, in this
 -- order, only if the failure is final; then messages: the order of `complete_task` (sql/README.md, "Locks").
+--
+-- Rows are returned column by column: a call under way when an upgrade gives the table more columns still returns those it was
+-- planned with, instead of failing after its work is done.
 create or replace function pgflow.fail_task(run_id uuid, step_slug text, task_index integer, error_message text)
 returns setof pgflow.step_tasks
 language plpgsql
@@ -66,7 +69,10 @@ begin
         end;
         execute format('update pgmq.%I set vt = $1 where msg_id = $2', 'q_' || lower(v_task.flow_slug))
         using now() + make_interval(secs => v_delay::double precision), v_task.message_id;
-        return next v_task;
+        return next (
+            v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+            v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at,
+            v_task.failed_at, v_task.started_at, v_task.last_worker_id);
         return;
     end if;
 
@@ -94,7 +100,10 @@ begin
         if v_moved or v_task.status = 'queued' then
             perform pgflow._archive_message(v_task.flow_slug, v_task.message_id);
         end if;
-        return next v_task;
+        return next (
+            v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+            v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at,
+            v_task.failed_at, v_task.started_at, v_task.last_worker_id);
         return;
     end if;
 
@@ -111,6 +120,9 @@ begin
 
     -- Those of its siblings and of other steps too.
     perform pgflow._archive_run_messages(v_task.flow_slug, v_task.run_id, v_task.message_id);
-    return next v_task;
+    return next (
+        v_task.flow_slug, v_task.run_id, v_task.step_slug, v_task.message_id, v_task.task_index, v_task.status,
+        v_task.attempts_count, v_task.error_message, v_task.output, v_task.queued_at, v_task.completed_at, v_task.failed_at,
+        v_task.started_at, v_task.last_worker_id);
 end;
 $$;

@@ -2,7 +2,7 @@
 -- Written by: `requeue_stalled_tasks`. Locks: see the table's own file. Failure: aborts the install.
 -- INVARIANT: as before, no index mentions a column that changes; `requeue_stalled_tasks` finds its tasks by their messages.
 --
--- An upgrade takes over what `flowgate.requeue_stalled_tasks` counted at 0.7, where that is there: a task that was given up stays so.
+-- An upgrade takes over what `flowgate.requeue_stalled_tasks` counted at 0.7: a task that was given up stays so.
 do $$
 declare
     v_upgrade boolean := not exists (

@@ -3,21 +3,25 @@
 -- run is then complete.
 -- Called by: `cascade_resolve_conditions` and `fail_task` (when_unmet, when_exhausted = 'skip-cascade'). Failure: the caller's;
 -- an unknown run is P0001. A failed run is left as it is.
--- Locks: those of the steps that have started, then the run, then the others, then messages: the order of sql/README.md. Its
--- callers hold the run already and name a step none of whose dependents can have started. Only a call by hand on a step that
--- has completed meets such; one that starts between the two locks is taken after the run, where a deadlock is possible.
+-- Locks: maps that have started, then the run, then the other steps, then messages: the order of sql/README.md. Its callers hold
+-- the run already and name a step none of whose dependents can have started. Only a call by hand on a step that has completed
+-- meets such; a map that starts between the two locks is taken after the run, where a deadlock is possible.
 create or replace function pgflow._cascade_force_skip_steps(run_id uuid, step_slug text, skip_reason text)
 returns integer
 language plpgsql
 volatile
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-    v_topic   text := 'pgflow:run:' || _cascade_force_skip_steps.run_id;
-    v_flow    text;
-    v_steps   text[];
-    v_skipped text[];
+    v_flow     text;
+    v_steps    text[];
+    v_skipped  text[];
+    v_events   text[];
+    v_payloads jsonb[];
 begin
     select r.flow_slug into v_flow from pgflow.runs as r where r.run_id = _cascade_force_skip_steps.run_id;
     if not found then
@@ -32,7 +36,8 @@ begin
     select array_agg(named.slug) into v_steps from named;
 
     perform from pgflow.step_states as s
-    where s.run_id = _cascade_force_skip_steps.run_id and s.step_slug = any (v_steps) and s.status = 'started'
+    where s.run_id = _cascade_force_skip_steps.run_id and s.step_slug = any (v_steps)
+      and s.status = 'started' and s.initial_tasks > 1
     order by s.step_slug
     for no key update;
     perform from pgflow.runs as r
@@ -66,17 +71,20 @@ begin
     set remaining_steps = r.remaining_steps - cardinality(v_skipped)
     where r.run_id = _cascade_force_skip_steps.run_id;
 
-    perform realtime.send(
-        jsonb_build_object(
-            'event_type', 'step:skipped', 'run_id', s.run_id, 'flow_slug', s.flow_slug, 'step_slug', s.step_slug,
-            'status', s.status, 'skip_reason', s.skip_reason, 'skipped_at', s.skipped_at),
-        'step:' || s.step_slug || ':skipped', v_topic, false)
+    select
+        array_agg('step:' || s.step_slug || ':skipped' order by skipped.place),
+        array_agg(
+            jsonb_build_object(
+                'event_type', 'step:skipped', 'run_id', s.run_id, 'flow_slug', s.flow_slug, 'step_slug', s.step_slug,
+                'status', s.status, 'skip_reason', s.skip_reason, 'skipped_at', s.skipped_at)
+            order by skipped.place)
+    into v_events, v_payloads
     from unnest(v_skipped) with ordinality as skipped(step_slug, place)
     join pgflow.step_states as s
-      on s.run_id = _cascade_force_skip_steps.run_id and s.step_slug = skipped.step_slug
-    order by skipped.place;
+      on s.run_id = _cascade_force_skip_steps.run_id and s.step_slug = skipped.step_slug;
+    perform flowgate.publish('pgflow:run:' || _cascade_force_skip_steps.run_id, v_events, v_payloads);
 
-    perform pgmq.archive(v_flow::text, array_agg(t.message_id))
+    perform pgmq.archive(v_flow::text, array_agg(t.message_id order by t.message_id))
     from pgflow.step_tasks as t
     where t.run_id = _cascade_force_skip_steps.run_id and t.step_slug = any (v_skipped)
       and t.status in ('queued', 'started')

@@ -10,17 +10,22 @@ returns boolean
 language plpgsql
 volatile
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-    v_topic   text := 'pgflow:run:' || cascade_resolve_conditions.run_id;
-    v_run     pgflow.runs;
-    v_failing text;
-    v_skipped text[];
-    v_cascade text[];
-    v_step    text;
-    v_rounds  integer := 0;
-    v_now     timestamptz;
+    v_topic    text := 'pgflow:run:' || cascade_resolve_conditions.run_id;
+    v_run      pgflow.runs;
+    v_failing  text;
+    v_skipped  text[];
+    v_cascade  text[];
+    v_step     text;
+    v_events   text[];
+    v_payloads jsonb[];
+    v_rounds   integer := 0;
+    v_now      timestamptz;
 begin
     select r.* into v_run from pgflow.runs as r where r.run_id = cascade_resolve_conditions.run_id for no key update;
     if v_run.status <> 'started' then
@@ -67,21 +72,17 @@ begin
             update pgflow.runs as r set status = 'failed', failed_at = v_now where r.run_id = v_run.run_id
             returning r.* into v_run;
 
-            perform realtime.send(
-                jsonb_build_object(
-                    'event_type', 'step:failed', 'run_id', v_run.run_id, 'step_slug', v_failing,
-                    'status', 'failed', 'error_message', 'Condition not met', 'failed_at', v_run.failed_at),
-                'step:' || v_failing || ':failed', v_topic, false);
-            perform realtime.send(
-                jsonb_build_object(
-                    'event_type', 'run:failed', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
-                    'status', v_run.status, 'error_message', 'Condition not met', 'failed_at', v_run.failed_at),
-                'run:failed', v_topic, false);
-
-            perform pgmq.archive(v_run.flow_slug::text, array_agg(t.message_id))
-            from pgflow.step_tasks as t
-            where t.run_id = v_run.run_id and t.status in ('queued', 'started')
-            having count(t.message_id) > 0;
+            perform flowgate.publish(
+                v_topic,
+                array['step:' || v_failing || ':failed', 'run:failed'],
+                array[
+                    jsonb_build_object(
+                        'event_type', 'step:failed', 'run_id', v_run.run_id, 'step_slug', v_failing,
+                        'status', 'failed', 'error_message', 'Condition not met', 'failed_at', v_run.failed_at),
+                    jsonb_build_object(
+                        'event_type', 'run:failed', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
+                        'status', v_run.status, 'error_message', 'Condition not met', 'failed_at', v_run.failed_at)]);
+            perform pgflow._archive_run_messages(v_run.flow_slug, v_run.run_id, null);
             return false;
         end if;
 
@@ -90,14 +91,17 @@ begin
             set status = 'skipped', skip_reason = 'condition_unmet', skipped_at = v_now
             where s.run_id = v_run.run_id and s.step_slug = any (v_skipped);
 
-            perform realtime.send(
-                jsonb_build_object(
-                    'event_type', 'step:skipped', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
-                    'step_slug', skipped.step_slug, 'status', 'skipped', 'skip_reason', 'condition_unmet',
-                    'skipped_at', v_now),
-                'step:' || skipped.step_slug || ':skipped', v_topic, false)
-            from unnest(v_skipped) with ordinality as skipped(step_slug, place)
-            order by skipped.place;
+            select
+                array_agg('step:' || skipped.step_slug || ':skipped' order by skipped.place),
+                array_agg(
+                    jsonb_build_object(
+                        'event_type', 'step:skipped', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
+                        'step_slug', skipped.step_slug, 'status', 'skipped', 'skip_reason', 'condition_unmet',
+                        'skipped_at', v_now)
+                    order by skipped.place)
+            into v_events, v_payloads
+            from unnest(v_skipped) with ordinality as skipped(step_slug, place);
+            perform flowgate.publish(v_topic, v_events, v_payloads);
 
             -- A map has one dependency only: with that skipped, it has nothing to map.
             update pgflow.step_states as child

@@ -8,13 +8,18 @@ returns integer
 language plpgsql
 volatile
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-    v_steps text[];
-    v_total integer := 0;
-    v_waves integer := 0;
-    v_ask   boolean;
+    v_steps    text[];
+    v_events   text[];
+    v_payloads jsonb[];
+    v_total    integer := 0;
+    v_waves    integer := 0;
+    v_ask      boolean;
 begin
     perform from pgflow.runs as r where r.run_id = cascade_complete_taskless_steps.run_id for no key update;
 
@@ -32,21 +37,21 @@ begin
               and s.status = 'created' and s.remaining_deps = 0 and s.initial_tasks = 0
             returning s.step_slug
         )
-        select array_agg(done.step_slug order by done.step_slug) into v_steps from done;
+        select array_agg(done.step_slug) into v_steps from done;
         exit when v_steps is null;
 
-        perform realtime.send(
-            jsonb_build_object(
-                'event_type', 'step:completed', 'run_id', s.run_id, 'step_slug', s.step_slug, 'status', s.status,
-                'output', '[]'::jsonb, 'started_at', s.started_at, 'completed_at', s.completed_at,
-                'remaining_tasks', 0, 'remaining_deps', 0),
-            'step:' || s.step_slug || ':completed',
-            'pgflow:run:' || s.run_id,
-            false)
-        from unnest(v_steps) with ordinality as done(step_slug, place)
-        join pgflow.step_states as s
-          on s.run_id = cascade_complete_taskless_steps.run_id and s.step_slug = done.step_slug
-        order by done.place;
+        select
+            array_agg('step:' || s.step_slug || ':completed' order by s.step_slug),
+            array_agg(
+                jsonb_build_object(
+                    'event_type', 'step:completed', 'run_id', s.run_id, 'step_slug', s.step_slug, 'status', s.status,
+                    'output', '[]'::jsonb, 'started_at', s.started_at, 'completed_at', s.completed_at,
+                    'remaining_tasks', 0, 'remaining_deps', 0)
+                order by s.step_slug)
+        into v_events, v_payloads
+        from pgflow.step_states as s
+        where s.run_id = cascade_complete_taskless_steps.run_id and s.step_slug = any (v_steps);
+        perform flowgate.publish('pgflow:run:' || cascade_complete_taskless_steps.run_id, v_events, v_payloads);
 
         with child as (
             update pgflow.step_states as child

@@ -7,6 +7,9 @@ returns void
 language plpgsql
 volatile
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -27,11 +30,12 @@ begin
     returning r.* into v_run;
 
     if found then
-        perform realtime.send(
-            jsonb_build_object(
+        perform flowgate.publish(
+            'pgflow:run:' || v_run.run_id,
+            array['run:completed'],
+            array[jsonb_build_object(
                 'event_type', 'run:completed', 'run_id', v_run.run_id, 'flow_slug', v_run.flow_slug,
-                'status', v_run.status, 'output', v_run.output, 'completed_at', v_run.completed_at),
-            'run:completed', 'pgflow:run:' || v_run.run_id, false);
+                'status', v_run.status, 'output', v_run.output, 'completed_at', v_run.completed_at)]);
     end if;
 end;
 $$;

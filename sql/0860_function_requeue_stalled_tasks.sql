@@ -8,10 +8,8 @@
 --
 -- No index finds started tasks: one on status or started_at would make every status change a non-HOT update. They are found by
 -- two ways that cost little. A started task's message has been read (`start_tasks` sees to that) and is still in its queue, and
--- queues hold only what is not done: these are looked at in every call. A task started by other means, or whose message is gone (a
--- purged or dropped queue), is found by reading step_tasks itself, 8 MB a call, the next 8 MB in the next one; it gets a new message.
-create sequence if not exists flowgate.requeue_pass as bigint;
-
+-- queues hold only what is not done: these are looked at in every call. A task started by other means, or whose message is gone
+-- (a purged or dropped queue), is found by reading step_tasks itself, 8 MB a call, the next 8 MB in the next one; it gets a new message.
 create or replace function pgflow.requeue_stalled_tasks()
 returns integer
 language plpgsql

@@ -214,6 +214,7 @@ pub const FUNCTIONS: &[Function] = &[
             "delays",
             "events",
             "payloads",
+            "started_at",
         ],
     ),
     flow("start_ready_steps", Write, &["run_id"]),

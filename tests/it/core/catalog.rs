@@ -1,5 +1,5 @@
-//! What is installed, to the letter: `snapshots/schema_0_7.txt`. `UPDATE_SNAPSHOTS=1` writes it anew; read the difference
-//! before committing it, as each line is something clients, grants or upgrades rely on.
+//! What is installed, to the letter: `snapshots/schema_0_7.txt` (and, by `core14`, `schema_0_14.txt`). `UPDATE_SNAPSHOTS=1` writes
+//! it anew; read the difference before committing it, as each line is something clients, grants or upgrades rely on.
 //!
 //! The same on every Postgres from 15 on: no text that a major version words anew (a view's query, NOT NULL constraints,
 //! an owner's own privileges).
@@ -9,10 +9,7 @@ use std::path::Path;
 
 use super::{Core, show};
 
-const SNAPSHOT: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/tests/it/snapshots/schema_0_7.txt"
-);
+const SNAPSHOTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/snapshots");
 
 /// Lines of the catalog: `$schemas`, and of roles only `$viewer` and `$worker`.
 const CATALOG: &str = r#"
@@ -98,7 +95,11 @@ order by part, place collate "C", line collate "C";
 
 #[tokio::test]
 async fn what_is_installed_is_the_snapshot() {
-    let core = Core::new().await;
+    is_the_snapshot(&Core::new().await, "schema_0_7.txt").await;
+}
+
+/// What is in the database of `core` is what the file says.
+pub(crate) async fn is_the_snapshot(core: &Core, file: &str) {
     let [viewer, worker] =
         ["snapshot_viewer", "snapshot_worker"].map(|role| format!("{role}_{}", core.db.name));
     core.run(&format!(
@@ -112,16 +113,17 @@ async fn what_is_installed_is_the_snapshot() {
     let mut found = show(&core.db.connect().await, &catalog).await;
     found.push('\n');
 
+    let path = Path::new(SNAPSHOTS).join(file);
     if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
-        fs::create_dir_all(Path::new(SNAPSHOT).parent().unwrap()).unwrap();
-        fs::write(SNAPSHOT, &found).unwrap();
+        fs::create_dir_all(SNAPSHOTS).unwrap();
+        fs::write(&path, &found).unwrap();
         return;
     }
-    let kept = fs::read_to_string(SNAPSHOT).unwrap_or_default();
+    let kept = fs::read_to_string(&path).unwrap_or_default();
     assert!(
         kept == found,
-        "the catalog is not that of {SNAPSHOT} (- kept, + installed):\n{}\n\
-         If that is meant, write it anew: UPDATE_SNAPSHOTS=1 cargo test --test it core::catalog",
+        "the catalog is not that of {file} (- kept, + installed):\n{}\n\
+         If that is meant, write it anew: UPDATE_SNAPSHOTS=1 cargo test --test it catalog",
         difference(&kept, &found)
     );
 }

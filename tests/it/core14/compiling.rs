@@ -2,7 +2,7 @@
 
 use tokio::task::JoinSet;
 
-use super::{Core, lines, run, try_show};
+use super::{Core, at_0_14, lines, run, try_show};
 
 const SHAPE: &str = r#"{"steps": [
     {"slug": "a", "stepType": "single", "dependencies": [], "whenUnmet": "skip", "whenExhausted": "fail",
@@ -23,7 +23,7 @@ async fn compile(core: &Core, flow: &str, shape: &str, more: &str) -> String {
 
 #[tokio::test]
 async fn a_missing_flow_is_made_with_all_its_options_and_then_found_as_it_should_be() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     assert_eq!(compile(&core, "f", SHAPE, "").await, "compiled []");
     let flow = "select flow_slug, opt_max_attempts, opt_base_delay, opt_timeout from pgflow.flows";
     assert_eq!(core.show(flow).await, "f 2 1 30");
@@ -71,7 +71,7 @@ async fn a_missing_flow_is_made_with_all_its_options_and_then_found_as_it_should
 
 #[tokio::test]
 async fn a_flows_shape_is_what_it_was_made_of_but_for_options() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     compile(&core, "f", SHAPE, "").await;
     let same = format!(
         "select pgflow._get_flow_shape(p_flow_slug => 'f') = jsonb_build_object('steps',
@@ -93,7 +93,7 @@ async fn a_flows_shape_is_what_it_was_made_of_but_for_options() {
 
 #[tokio::test]
 async fn what_differs_is_said_step_by_step() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     compile(&core, "f", SHAPE, "").await;
     let none = "\"requiredInputPattern\": {\"defined\": false}, \"forbiddenInputPattern\": {\"defined\": false}";
     let differ = async |steps: &str| {
@@ -141,7 +141,7 @@ async fn what_differs_is_said_step_by_step() {
 
 #[tokio::test]
 async fn a_flow_is_made_anew_only_where_data_may_be_lost() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n old\nflow F\n a\nflow other\n a")
         .await;
     for (n, flow) in [(1, "f"), (2, "other"), (3, "F")] {
@@ -190,7 +190,7 @@ async fn a_flow_is_made_anew_only_where_data_may_be_lost() {
 
 #[tokio::test]
 async fn only_supabases_own_secret_makes_a_database_local() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     assert_eq!(core.show("select pgflow.is_local()").await, "f");
     for (secret, local) in [
         ("", "f"),
@@ -215,7 +215,7 @@ async fn only_supabases_own_secret_makes_a_database_local() {
 
 #[tokio::test]
 async fn deleting_a_flow_leaves_nothing_of_it_and_everything_of_others() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a\n map m < b\nflow keep\n a")
         .await;
     for (n, flow) in [(1, "f"), (2, "f"), (3, "keep")] {
@@ -242,7 +242,7 @@ async fn deleting_a_flow_leaves_nothing_of_it_and_everything_of_others() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_that_start_together_compile_a_flow_once() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let mut workers = JoinSet::new();
     for _ in 0..12 {
         let client = core.db.connect().await;
@@ -266,7 +266,7 @@ async fn workers_that_start_together_compile_a_flow_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flow_is_made_anew_under_workers_hands_without_a_deadlock() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let shape = |slug: &str| {
         format!(
             "{{\"steps\": [{{\"slug\": \"{slug}\"}}, {{\"slug\": \"b\", \"dependencies\": [\"{slug}\"]}}]}}"

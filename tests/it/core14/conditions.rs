@@ -1,6 +1,6 @@
 //! Conditions: what a step's input must and must not hold, and what becomes of the step and its run where it doesn't.
 
-use super::{Core, lines, run};
+use super::{Core, at_0_14, lines, run};
 
 /// `step status skip_reason` of each step of run `n`, by their order in the flow.
 async fn fates(core: &Core, n: u32) -> String {
@@ -14,7 +14,7 @@ async fn fates(core: &Core, n: u32) -> String {
 
 #[tokio::test]
 async fn a_condition_of_a_first_step_is_held_against_the_runs_input() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          required(required_input_pattern => '{\"plan\": \"pro\"}')
@@ -73,7 +73,7 @@ async fn a_condition_of_a_first_step_is_held_against_the_runs_input() {
 
 #[tokio::test]
 async fn a_condition_of_a_later_step_is_held_against_what_it_depends_on() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          a
@@ -130,7 +130,7 @@ async fn a_condition_of_a_later_step_is_held_against_what_it_depends_on() {
 
 #[tokio::test]
 async fn a_condition_that_must_be_met_fails_the_run_at_its_start() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          a
@@ -172,7 +172,7 @@ async fn a_condition_that_must_be_met_fails_the_run_at_its_start() {
 
 #[tokio::test]
 async fn a_condition_that_must_be_met_later_fails_the_run_and_clears_its_messages() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          a
@@ -209,7 +209,7 @@ async fn a_condition_that_must_be_met_later_fails_the_run_and_clears_its_message
 
 #[tokio::test]
 async fn a_skipped_step_lets_go_of_what_depends_on_it() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          a(required_input_pattern => '{\"x\": 1}')
@@ -268,7 +268,7 @@ async fn a_skipped_step_lets_go_of_what_depends_on_it() {
 
 #[tokio::test]
 async fn a_condition_may_take_along_all_that_depends_on_its_step() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          b
@@ -312,7 +312,7 @@ async fn a_condition_may_take_along_all_that_depends_on_its_step() {
 
 #[tokio::test]
 async fn a_run_whose_steps_are_all_skipped_is_complete_without_output() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a(required_input_pattern => '{\"x\": 1}', when_unmet => 'skip-cascade')\n b < a\n c < b")
         .await;
     let started = format!(
@@ -330,7 +330,7 @@ async fn a_run_whose_steps_are_all_skipped_is_complete_without_output() {
 
 #[tokio::test]
 async fn conditions_go_on_as_far_as_steps_become_ready() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let asks = "(required_input_pattern => '{\"x\": 1}')";
     core.define(&format!(
         "flow f\n a{asks}\n b < a{asks}\n c < b{asks}\n d < c"
@@ -351,7 +351,7 @@ async fn conditions_go_on_as_far_as_steps_become_ready() {
 
 #[tokio::test]
 async fn conditions_stop_after_fifty_rounds() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     for (flow, steps) in [("fits", 49), ("long", 51)] {
         core.run(&format!("select pgflow.create_flow('{flow}')"))
             .await;
@@ -375,7 +375,7 @@ async fn conditions_stop_after_fifty_rounds() {
 
 #[tokio::test]
 async fn a_condition_counts_as_well_after_a_map_over_nothing() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          map m
@@ -412,7 +412,7 @@ async fn a_condition_counts_as_well_after_a_map_over_nothing() {
 
 #[tokio::test]
 async fn a_map_whose_condition_is_not_met_needs_no_array() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a(required_input_pattern => '{\"a\": 7}', when_unmet => 'skip-cascade')\n map m < b\n c < a")
         .await;
     core.start_flow("f", "{}", 1).await;
@@ -428,7 +428,7 @@ async fn a_map_whose_condition_is_not_met_needs_no_array() {
 
 #[tokio::test]
 async fn resolving_by_hand_says_whether_the_run_has_not_failed() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a").await;
     core.define("flow g\n a(required_input_pattern => '{\"x\": 1}', when_unmet => 'fail')")
         .await;

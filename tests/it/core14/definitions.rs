@@ -1,10 +1,10 @@
 //! What a definition may say at 0.14 and in which words it is refused; columns, defaults and constraints, by their names.
 
-use super::{Core, lines, run};
+use super::{at_0_14, lines, run};
 
 #[tokio::test]
 async fn an_option_that_is_null_is_the_default() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let made = "select f.flow_slug, f.opt_max_attempts, f.opt_base_delay, f.opt_timeout from";
     for (call, expected) in [
         ("pgflow.create_flow('plain')", "plain 3 5 60"),
@@ -33,7 +33,7 @@ async fn an_option_that_is_null_is_the_default() {
 
 #[tokio::test]
 async fn a_step_says_its_conditions_and_what_follows_by_place_or_by_name() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n root").await;
     let made = "select s.step_slug, s.step_type, s.step_index, s.deps_count, s.opt_max_attempts, s.opt_base_delay, s.opt_timeout,
                 s.opt_start_delay, s.required_input_pattern, s.forbidden_input_pattern, s.when_unmet, s.when_exhausted from";
@@ -67,7 +67,7 @@ async fn a_step_says_its_conditions_and_what_follows_by_place_or_by_name() {
 
 #[tokio::test]
 async fn a_step_that_cannot_be_is_refused_by_name() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b").await;
     let check = |name: &str| {
         format!("23514 new row for relation \"steps\" violates check constraint \"{name}\"")
@@ -108,7 +108,7 @@ async fn a_step_that_cannot_be_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_dependency_named_twice_counts_once() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a, a\n map c < a, a").await;
     assert_eq!(
         core.show("select step_slug, deps_count from pgflow.steps order by step_index")
@@ -119,7 +119,7 @@ async fn a_dependency_named_twice_counts_once() {
 
 #[tokio::test]
 async fn columns_come_after_those_of_0_7_in_the_contracts_order() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let columns = "select c.relname || ':' || string_agg(' ' || a.attname, '' order by a.attnum)
         from pg_class as c join pg_attribute as a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
         where c.relnamespace = 'pgflow'::regnamespace
@@ -140,7 +140,7 @@ async fn columns_come_after_those_of_0_7_in_the_contracts_order() {
 
 #[tokio::test]
 async fn a_state_that_cannot_be_is_refused_by_name() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a").await;
     core.start_flow("f", "{}", 1).await;
     for (set, name) in [
@@ -190,7 +190,7 @@ async fn a_state_that_cannot_be_is_refused_by_name() {
 
 #[tokio::test]
 async fn a_worker_function_has_defaults_and_a_debounce_of_a_second_at_least() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run("insert into pgflow.worker_functions (function_name) values ('w')")
         .await;
     let row = "select enabled, debounce, last_invoked_at, created_at <= now(), updated_at <= now() from pgflow.worker_functions";
@@ -209,7 +209,7 @@ async fn a_worker_function_has_defaults_and_a_debounce_of_a_second_at_least() {
 
 #[tokio::test]
 async fn the_poll_of_0_7_is_gone_and_that_of_0_14_is_pgmqs() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a").await;
     core.start_flow("f", "{}", 1).await;
     let refused = core
@@ -223,7 +223,7 @@ async fn the_poll_of_0_7_is_gone_and_that_of_0_14_is_pgmqs() {
 
 #[tokio::test]
 async fn set_vt_batch_returns_a_table_with_headers() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run("select pgmq.create('q'); select pgmq.send('q', '{\"n\": 1}', '{\"h\": 1}'::jsonb); select pgmq.send('q', '{\"n\": 2}')")
         .await;
     let set = "select msg_id, read_ct, message, headers, vt > clock_timestamp() + interval '50 s', enqueued_at <= now()
@@ -262,7 +262,7 @@ async fn set_vt_batch_returns_a_table_with_headers() {
 
 #[tokio::test]
 async fn what_clients_are_granted_is_what_they_need_for_0_14() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a(max_attempts => 1, when_exhausted => 'skip')\n b < a")
         .await;
     let [viewer, worker] = ["viewer", "worker"].map(|role| format!("{role}_{}", core.db.name));

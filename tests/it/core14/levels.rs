@@ -11,7 +11,7 @@ use flowgate::schema::{
 };
 use tokio::task::JoinSet;
 
-use super::{Core, WORKER, lines, refused, run, show, try_show};
+use super::{Core, WORKER, at_0_14, lines, refused, run, show, try_show};
 use crate::support::pg::{TestDb, empty_database, fresh_database_at};
 use crate::support::wait::wait_until;
 
@@ -26,7 +26,7 @@ const HIGH: InstallOptions = InstallOptions {
 impl Core {
     /// At 0.7, from where an upgrade begins.
     async fn at_0_7() -> Self {
-        let core = Self::on(fresh_database_at(PgflowApi::V0_7).await).await;
+        let core = Self::at(PgflowApi::V0_7).await;
         assert_eq!(core.level().await, "0.7");
         core
     }
@@ -36,7 +36,7 @@ impl Core {
             .await
     }
 
-    async fn upgrade(&self) {
+    pub(super) async fn upgrade(&self) {
         let report = install(&self.db.url(), HIGH).await.unwrap();
         assert_eq!(report.api, PgflowApi::V0_14);
         assert_eq!(self.level().await, "0.14");
@@ -107,7 +107,7 @@ async fn a_level_is_installed_kept_raised_and_never_lowered() {
 
 #[tokio::test]
 async fn an_install_that_names_no_level_repairs_the_one_that_is_there() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run("drop function pgflow.is_local; update flowgate.installed set version = '0.0.1+older' where component = 'flowgate'")
         .await;
     let report = install(&core.db.url(), KEEP).await.unwrap();
@@ -162,7 +162,7 @@ async fn every_way_to_0_14_ends_at_the_same_objects() {
 
 #[tokio::test]
 async fn printed_sql_of_0_7_does_not_go_over_0_14() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     for options in [KEEP, LOW] {
         let refused = apply_printed(&core.db, options).await.unwrap_err();
         let refused = refused.as_db_error().unwrap().message().to_owned();
@@ -256,7 +256,7 @@ async fn a_pgflow_of_somebody_elses_has_no_level_of_ours() {
 
 #[tokio::test]
 async fn what_was_uninstalled_is_gone_with_its_jobs_and_may_come_back_at_any_level() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a").await;
     core.start_flow("f", "{}", 1).await;
     core.run(

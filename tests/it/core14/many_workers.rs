@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 
-use super::{Core, show, try_show};
+use super::{Core, at_0_14, show, try_show};
 
 const WORKERS: u64 = 16;
 const FAILURES_PERCENT: u64 = 30;
@@ -144,7 +144,7 @@ impl Chance {
 async fn many_workers_skip_fail_and_complete_without_a_deadlock_or_a_loss() {
     let seed =
         std::env::var("FLOWGATE_SEED").map_or(20_261_123, |text| text.parse().expect("a number"));
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(DEFINITIONS).await;
     core.run(
         "select pgflow.start_flow('maps', (select jsonb_agg(i) from generate_series(1, 12) as i)) from generate_series(1, 15);

@@ -1,6 +1,6 @@
 //! Tasks whose worker has fallen silent: given back to their queue, three times, and then given up.
 
-use super::{Core, WORKER, lines, run};
+use super::{Core, WORKER, at_0_14, lines, run};
 
 /// Makes it look as if a task had been started that long ago.
 async fn age(core: &Core, which: &str, seconds: u32) {
@@ -17,7 +17,7 @@ async fn requeue(core: &Core) -> String {
 
 #[tokio::test]
 async fn a_task_is_given_back_half_a_minute_after_its_steps_own_timeout() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(timeout => 60)\n flows\n long(timeout => 600)\n short(timeout => 5)")
         .await;
     core.start_flow("f", "{}", 1).await;
@@ -43,7 +43,7 @@ async fn a_task_is_given_back_half_a_minute_after_its_steps_own_timeout() {
 
 #[tokio::test]
 async fn a_task_given_back_is_visible_at_once_and_can_be_started_again() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a").await;
     core.start_flow("f", "{}", 1).await;
     core.take("f").await;
@@ -65,7 +65,7 @@ async fn a_task_given_back_is_visible_at_once_and_can_be_started_again() {
 
 #[tokio::test]
 async fn the_fourth_time_a_task_is_given_up_and_the_run_hangs_for_all_to_see() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b").await;
     core.start_flow("f", "{}", 1).await;
     for time in 1..=3 {
@@ -92,7 +92,7 @@ async fn the_fourth_time_a_task_is_given_up_and_the_run_hangs_for_all_to_see() {
 
 #[tokio::test]
 async fn only_what_is_started_and_can_go_on_is_given_back() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 1)\n a\n b(when_exhausted => 'skip')\n map m(when_exhausted => 'skip')").await;
     core.define("flow empty").await;
     for n in 1..=3 {
@@ -118,7 +118,7 @@ async fn only_what_is_started_and_can_go_on_is_given_back() {
 
 #[tokio::test]
 async fn what_somebody_is_just_ending_is_left_alone() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m").await;
     core.start_flow("f", "[1, 2]", 1).await;
     core.take("f").await;
@@ -137,7 +137,7 @@ async fn what_somebody_is_just_ending_is_left_alone() {
 
 #[tokio::test]
 async fn a_queue_that_is_gone_holds_up_nobody() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow dropped\n a\nflow f\n a\nflow F\n a")
         .await;
     for (n, flow) in [(1, "dropped"), (2, "f"), (3, "F")] {
@@ -152,7 +152,7 @@ async fn a_queue_that_is_gone_holds_up_nobody() {
 
 #[tokio::test]
 async fn a_task_started_without_its_message_being_read_is_found_too() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a").await;
     core.start_flow("f", "{}", 1).await;
     core.run("update pgflow.step_tasks set status = 'started', queued_at = now() - interval '1 h', started_at = now() - interval '1 h'")
@@ -164,7 +164,7 @@ async fn a_task_started_without_its_message_being_read_is_found_too() {
 
 #[tokio::test]
 async fn a_task_whose_message_is_lost_gets_a_new_one() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n other").await;
     core.start_flow("f", "{}", 1).await;
     core.take("f").await;
@@ -186,7 +186,7 @@ async fn a_task_whose_message_is_lost_gets_a_new_one() {
 
 #[tokio::test]
 async fn a_message_that_somebody_is_reading_leaves_its_task_for_the_next_call() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m").await;
     core.start_flow("f", "[1, 2]", 1).await;
     core.take("f").await;

@@ -1,10 +1,10 @@
 //! Steps whose handler has failed for good, and are skipped, alone or with all that depends on them; late callbacks.
 
-use super::{Core, WORKER, lines, run};
+use super::{WORKER, at_0_14, lines, run};
 
 #[tokio::test]
 async fn a_failure_that_is_final_skips_the_step_and_the_run_goes_on() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          a(max_attempts => 2, base_delay => 0, when_exhausted => 'skip')
@@ -75,7 +75,7 @@ async fn a_failure_that_is_final_skips_the_step_and_the_run_goes_on() {
 
 #[tokio::test]
 async fn a_failure_that_is_final_may_take_along_all_that_depends_on_its_step() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f(max_attempts => 1)
          b
@@ -122,7 +122,7 @@ async fn a_failure_that_is_final_may_take_along_all_that_depends_on_its_step() {
 
 #[tokio::test]
 async fn a_run_is_complete_when_its_last_step_is_skipped() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 0)\n a\n b < a(when_exhausted => 'skip')")
         .await;
     core.define("flow g(max_attempts => 1)\n a(when_exhausted => 'skip-cascade')\n b < a")
@@ -148,7 +148,7 @@ async fn a_run_is_complete_when_its_last_step_is_skipped() {
 
 #[tokio::test]
 async fn a_failure_that_is_final_fails_the_run_where_nothing_else_is_said() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 1)\n a\n b\n c < a")
         .await;
     core.start_flow("f", "{}", 1).await;
@@ -170,7 +170,7 @@ async fn a_failure_that_is_final_fails_the_run_where_nothing_else_is_said() {
 
 #[tokio::test]
 async fn a_skipped_map_leaves_no_message_and_its_other_tasks_come_late() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 1)\n map m(when_exhausted => 'skip')\n after < m")
         .await;
     core.start_flow("f", "[1, 2, 3, 4]", 1).await;
@@ -205,7 +205,7 @@ async fn a_skipped_map_leaves_no_message_and_its_other_tasks_come_late() {
 
 #[tokio::test]
 async fn what_a_skipped_step_lets_go_of_may_have_a_condition() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f(max_attempts => 1)
          a(when_exhausted => 'skip')
@@ -228,7 +228,7 @@ async fn what_a_skipped_step_lets_go_of_may_have_a_condition() {
 
 #[tokio::test]
 async fn forcing_a_skip_takes_along_what_has_not_ended_parents_first() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n z\n y < z\n map x < y\n w < x, z\n other\n apart < other")
         .await;
     let id = run(1);
@@ -273,7 +273,7 @@ async fn forcing_a_skip_takes_along_what_has_not_ended_parents_first() {
 
 #[tokio::test]
 async fn forcing_a_skip_of_a_completed_step_reaches_those_that_started_after_it() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a\n c < b").await;
     let id = run(1);
     core.start_flow("f", "{}", 1).await;
@@ -293,7 +293,7 @@ async fn forcing_a_skip_of_a_completed_step_reaches_those_that_started_after_it(
 
 #[tokio::test]
 async fn archiving_a_tasks_message_takes_that_one_and_takes_it_once() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m").await;
     core.start_flow("f", "[1, 2]", 1).await;
     let archive = format!(

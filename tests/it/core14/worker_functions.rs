@@ -3,7 +3,7 @@
 
 use tokio_postgres::AsyncMessage;
 
-use super::{Core, WORKER};
+use super::{Core, WORKER, at_0_14};
 
 /// What of the three extensions is used, as their documentation has it.
 const SUPABASE: &str = "
@@ -32,7 +32,7 @@ async fn called(core: &Core) -> String {
 
 #[tokio::test]
 async fn a_worker_function_is_tracked_once_and_remembered_anew() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run("select pgflow.track_worker_function(function_name => 'w')")
         .await;
     let row = "select function_name, enabled, debounce, last_invoked_at, created_at from pgflow.worker_functions";
@@ -57,7 +57,7 @@ async fn a_worker_function_is_tracked_once_and_remembered_anew() {
 
 #[tokio::test]
 async fn a_worker_that_stops_says_so() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     let stopped = "select stopped_at is not null, deprecated_at is not null from pgflow.workers";
     assert_eq!(core.show(stopped).await, "f f");
     core.run(&format!(
@@ -71,7 +71,7 @@ async fn a_worker_that_stops_says_so() {
 
 #[tokio::test]
 async fn locally_every_enabled_function_is_called_without_a_key() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     core.run(LOCAL).await;
     core.run(
@@ -94,7 +94,7 @@ async fn locally_every_enabled_function_is_called_without_a_key() {
 
 #[tokio::test]
 async fn elsewhere_a_function_is_called_when_nobody_is_at_work_and_its_debounce_is_over() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     core.run(
         "insert into vault.decrypted_secrets values ('supabase_project_id', 'abc'), ('supabase_service_role_key', 'role');
@@ -138,7 +138,7 @@ async fn elsewhere_a_function_is_called_when_nobody_is_at_work_and_its_debounce_
 
 #[tokio::test]
 async fn with_a_secret_missing_nothing_is_called_and_nothing_marked() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     core.run("select pgflow.track_worker_function('w')").await;
     for (secrets, missing) in [
@@ -177,7 +177,7 @@ async fn with_a_secret_missing_nothing_is_called_and_nothing_marked() {
 
 #[tokio::test]
 async fn two_that_ensure_workers_at_once_call_each_function_once() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     core.run("insert into vault.decrypted_secrets values ('supabase_project_id', 'p'), ('pgflow_auth_secret', 'k'); select pgflow.track_worker_function('w')")
         .await;
@@ -193,7 +193,7 @@ async fn two_that_ensure_workers_at_once_call_each_function_once() {
 
 #[tokio::test]
 async fn jobs_are_scheduled_once_under_their_names() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     let jobs = "select jobname, schedule, command from cron.job order by jobname";
     let said = core.show("select pgflow.setup_ensure_workers_cron()").await;
@@ -225,7 +225,7 @@ async fn jobs_are_scheduled_once_under_their_names() {
 
 #[tokio::test]
 async fn old_entries_of_pgflows_own_jobs_are_cleaned_up() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run(SUPABASE).await;
     core.run(
         "select pgflow.setup_ensure_workers_cron(); select cron.schedule('somebody_elses', '* * * * *', 'select 1');
@@ -254,7 +254,7 @@ async fn old_entries_of_pgflows_own_jobs_are_cleaned_up() {
 
 #[tokio::test]
 async fn without_the_extensions_each_function_says_so_and_does_nothing() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.run("select pgflow.track_worker_function('w')").await;
     for (sql, answer, notice) in [
         (

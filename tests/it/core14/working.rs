@@ -1,6 +1,6 @@
 //! What workers are handed and what their answers leave: inputs, outputs kept by steps, runs' outputs, late callbacks.
 
-use super::{Core, WORKER, lines, run};
+use super::{Core, WORKER, at_0_14, lines, run};
 
 /// `step index input flow_input` of what can be taken from a flow's queue.
 async fn take(core: &Core, flow: &str) -> String {
@@ -22,7 +22,7 @@ async fn outputs(core: &Core, n: u32) -> String {
 
 #[tokio::test]
 async fn a_task_is_handed_what_its_dependencies_gave_and_the_runs_input_where_it_begins() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define(
         "flow f
          map each
@@ -71,7 +71,7 @@ async fn a_task_is_handed_what_its_dependencies_gave_and_the_runs_input_where_it
 
 #[tokio::test]
 async fn a_step_keeps_its_output_and_others_read_it_there() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m\n map none < m\n a\n b < a, none, m")
         .await;
     core.start_flow("f", "[1, 2]", 1).await;
@@ -120,7 +120,7 @@ async fn a_step_keeps_its_output_and_others_read_it_there() {
 
 #[tokio::test]
 async fn a_map_over_nothing_has_an_empty_output() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m\n map n < m\n a < n").await;
     core.start_flow("f", "[]", 1).await;
     assert_eq!(outputs(&core, 1).await, "a ∅\nm []\nn []");
@@ -129,7 +129,7 @@ async fn a_map_over_nothing_has_an_empty_output() {
 
 #[tokio::test]
 async fn a_runs_output_is_that_of_its_last_steps() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n map m < a\n nothing\n gone(required_input_pattern => '{\"x\": 1}')\n map none < gone").await;
     core.start_flow("f", "{}", 1).await;
     core.take("f").await;
@@ -155,7 +155,7 @@ async fn a_runs_output_is_that_of_its_last_steps() {
 
 #[tokio::test]
 async fn only_tasks_of_running_steps_of_running_runs_are_started() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 1)\n a\n b").await;
     for n in 1..=4 {
         core.start_flow("f", "{}", n).await;
@@ -191,7 +191,7 @@ async fn only_tasks_of_running_steps_of_running_runs_are_started() {
 
 #[tokio::test]
 async fn a_started_message_stays_away_for_the_steps_timeout_and_counts_as_read() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(timeout => 50)\n a(timeout => 100)\n b")
         .await;
     core.start_flow("f", "{}", 1).await;
@@ -215,7 +215,7 @@ async fn a_started_message_stays_away_for_the_steps_timeout_and_counts_as_read()
 
 #[tokio::test]
 async fn a_repeated_completion_is_silent() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n map m\n b < a").await;
     core.start_flow("f", "[1, 2]", 1).await;
     core.take("f").await;
@@ -243,7 +243,7 @@ async fn a_repeated_completion_is_silent() {
 
 #[tokio::test]
 async fn a_late_call_clears_a_message_that_is_still_there() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a").await;
     core.start_flow("f", "{}", 1).await;
     core.take("f").await;
@@ -267,7 +267,7 @@ async fn a_late_call_clears_a_message_that_is_still_there() {
 
 #[tokio::test]
 async fn an_output_that_a_map_cannot_use_fails_the_run_and_the_task_is_returned() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     for (n, output, kind) in [
         (1, "{\"x\": 1}", "object"),
         (2, "null", "null"),
@@ -306,7 +306,7 @@ async fn an_output_that_a_map_cannot_use_fails_the_run_and_the_task_is_returned(
 
 #[tokio::test]
 async fn nothing_starts_in_a_run_that_has_ended() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n a\n b < a").await;
     for (n, status) in [(1, "failed"), (2, "completed")] {
         core.start_flow("f", "{}", n).await;
@@ -327,7 +327,7 @@ async fn nothing_starts_in_a_run_that_has_ended() {
 
 #[tokio::test]
 async fn a_start_delay_holds_back_the_first_try_of_every_task() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f\n map m(start_delay => 40)\n now").await;
     let start = format!("select pgflow.start_flow('f', '[1, 2]', '{}')", run(1));
     core.visible_in(&start, "f", "message ->> 'step_slug' = 'm'", 40)
@@ -337,7 +337,7 @@ async fn a_start_delay_holds_back_the_first_try_of_every_task() {
 
 #[tokio::test]
 async fn a_transaction_that_began_before_the_run_may_still_work_on_it() {
-    let core = Core::new().await;
+    let core = at_0_14().await;
     core.define("flow f(max_attempts => 1)\n a\n b < a\n map m < a\n fails < b(when_exhausted => 'skip')\n asks < fails(required_input_pattern => '{\"x\": 1}')")
         .await;
     let early = core.db.connect().await;
