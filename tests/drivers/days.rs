@@ -23,6 +23,8 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
     ("asyncpg", || Box::pin(python("asyncpg_day.py"))),
     ("node_pg", || Box::pin(node("pg_day.cjs"))),
     ("postgres_js", || Box::pin(node("postgres_day.cjs"))),
+    ("console_python", || Box::pin(python("console_day.py"))),
+    ("console_node", || Box::pin(node("console_day.cjs"))),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
     ("pgbench_loses_no_transaction", || Box::pin(pgbench())),
 ];
