@@ -26,6 +26,8 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
     ("pgflow_sql_client_directly_and_through", || {
         Box::pin(pgflow_client())
     }),
+    ("console_python", || Box::pin(python("console_day.py"))),
+    ("console_node", || Box::pin(node("console_day.cjs"))),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
     ("pgbench_loses_no_transaction", || Box::pin(pgbench())),
 ];
