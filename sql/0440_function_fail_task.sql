@@ -64,6 +64,7 @@ begin
 
     if v_task.status = 'queued' and not v_run_failed then
         v_delay := case
+            when v_base_delay = 0 then 0
             when v_task.attempts_count > 31 or v_base_delay * 2 ^ v_task.attempts_count > 2147483647 then 2147483647
             else pgflow.calculate_retry_delay(v_base_delay, v_task.attempts_count)
         end;
