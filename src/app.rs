@@ -346,6 +346,14 @@ impl Governor {
         let need_restart = config::need_restart(&before.config, &wanted);
         let config = Arc::new(config::live_part(&before.config, wanted));
         let mut problems = Vec::new();
+        if config.trusts_strangers() {
+            // The address it was written for is not the one we listen on yet.
+            let open = config.listen.postgres;
+            let problem = "auth.method, access: \"trust\" would let in whoever reaches";
+            problems.push(format!(
+                "{problem} {open}, where this process listens until a restart"
+            ));
+        }
         let entrance = Entrance::new(&config)
             .map_err(|error| problems.push(format!("listen.tls: {error}")))
             .ok();

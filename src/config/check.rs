@@ -294,10 +294,20 @@ impl Check {
         let words = [("scram", AuthMethod::Scram), ("trust", AuthMethod::Trust)];
         let method = self.word("auth.method", raw.method, &words);
         let allow_trust_anywhere = raw.allow_trust_anywhere.unwrap_or(false);
-        if method == AuthMethod::Trust
-            && !allow_trust_anywhere
-            && !listen.postgres.ip().is_loopback()
-        {
+        let query = said(raw.query).unwrap_or_else(|| AUTH_QUERY.to_owned());
+        if !query.contains("$1") {
+            self.problem(
+                "auth.query",
+                "never mentions $1, the name of the user who logs in",
+            );
+        }
+        let auth = Auth {
+            method,
+            users_file: self.file("auth.users_file", raw.users_file),
+            query,
+            allow_trust_anywhere,
+        };
+        if auth.trusts_strangers(listen) {
             let open = listen.postgres;
             self.problem(
                 "auth.method",
@@ -307,19 +317,7 @@ impl Check {
                 ),
             );
         }
-        let query = said(raw.query).unwrap_or_else(|| AUTH_QUERY.to_owned());
-        if !query.contains("$1") {
-            self.problem(
-                "auth.query",
-                "never mentions $1, the name of the user who logs in",
-            );
-        }
-        Auth {
-            method,
-            users_file: self.file("auth.users_file", raw.users_file),
-            query,
-            allow_trust_anywhere,
-        }
+        auth
     }
 
     fn access(
@@ -366,11 +364,8 @@ impl Check {
         let tls = self.word(&path("tls"), raw.tls, &words);
         let cert_name = said(raw.cert_name);
 
-        let trusts_others = match &address {
-            Addresses::All => !listen.postgres.ip().is_loopback(),
-            Addresses::Only(list) => !list.iter().all(|range| range.is_loopback()),
-        };
-        if method == AccessMethod::Trust && trusts_others && !auth.allow_trust_anywhere {
+        let trusts_others = method == AccessMethod::Trust && address.reaches_strangers(listen);
+        if trusts_others && !auth.allow_trust_anywhere {
             self.problem(
                 &path("method"),
                 "\"trust\" would let in whoever comes from there; name addresses of this machine, use \"scram\" \

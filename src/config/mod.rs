@@ -47,6 +47,35 @@ pub struct Config {
     pub log: String,
 }
 
+impl Config {
+    /// Whoever reaches us from elsewhere would be let in unasked, and nobody said that this is wanted.
+    pub fn trusts_strangers(&self) -> bool {
+        let open = |rule: &AccessRule| {
+            rule.method == AccessMethod::Trust && rule.address.reaches_strangers(&self.listen)
+        };
+        let by_rule = !self.auth.allow_trust_anywhere && self.access.iter().any(open);
+        by_rule || self.auth.trusts_strangers(&self.listen)
+    }
+}
+
+impl Addresses {
+    /// Whether somebody may come from there who is not on this machine.
+    fn reaches_strangers(&self, listen: &Listen) -> bool {
+        match self {
+            Self::All => !listen.postgres.ip().is_loopback(),
+            Self::Only(list) => !list.iter().all(|range| range.is_loopback()),
+        }
+    }
+}
+
+impl Auth {
+    fn trusts_strangers(&self, listen: &Listen) -> bool {
+        self.method == AuthMethod::Trust
+            && !self.allow_trust_anywhere
+            && !listen.postgres.ip().is_loopback()
+    }
+}
+
 /// `[listen]`: where clients come in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Listen {
