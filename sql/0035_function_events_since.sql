@@ -1,7 +1,8 @@
 -- The events whose transactions were not yet visible in the snapshot `since`, and are now, by `id`; at most `max_rows`
 -- of those after `after_id`. Read page after page in one REPEATABLE READ transaction, and keep that transaction's
 -- pg_current_snapshot() as the next `since`: no event is then missed or met twice, whatever order writers commit in.
--- Called by: Flowgate's event reader, on the primary or a replica. Locks: none. Failure: the reader's own.
+-- Called by: whoever follows all events by itself, on the primary: a standby's snapshots don't name the transactions that were
+-- in progress, so there it is refused (0A000). Locks: none. Failure: the reader's own.
 --
 -- Asks for "xid at or past xmax" and "xid was in progress" rather than for everything past xmin: one long transaction
 -- anywhere in the cluster holds xmin back, and everything since would be read again at every wake-up.
@@ -17,6 +18,9 @@ rows 100
 as $$
 #variable_conflict use_column
 begin
+    if pg_is_in_recovery() then
+        raise exception 'events can be followed on the primary only' using errcode = 'feature_not_supported';
+    end if;
     return query
     select fresh.id, fresh.xid, fresh.topic, fresh.seq, fresh.event, fresh.payload, fresh.private, fresh.message_id,
            fresh.inserted_at

@@ -50,3 +50,21 @@ end;
 $$;
 
 revoke all on function flowgate.publish(text, text[], jsonb[]) from public;
+
+-- Who was let work flows before this function was there goes on working them.
+do $$
+declare
+    v_role regrole;
+begin
+    for v_role in
+        select grant_of.grantee::regrole
+        from pg_catalog.pg_proc as p
+        cross join lateral pg_catalog.aclexplode(p.proacl) as grant_of
+        where p.oid = to_regprocedure('realtime.send(jsonb, text, text, boolean)')
+          and grant_of.privilege_type = 'EXECUTE' and grant_of.grantee <> 0 and grant_of.grantee <> p.proowner
+    loop
+        execute format('grant usage on schema flowgate to %s', v_role);
+        execute format('grant execute on function flowgate.publish(text, text[], jsonb[]) to %s', v_role);
+    end loop;
+end;
+$$;

@@ -24,6 +24,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set jit = off
 set lock_timeout = '2s'
 as $$
 #variable_conflict use_column

@@ -35,18 +35,18 @@ begin
         select array_agg(done.step_slug order by done.step_slug) into v_steps from done;
         exit when v_steps is null;
 
-        perform realtime.send(
-            jsonb_build_object(
-                'event_type', 'step:completed', 'run_id', s.run_id, 'step_slug', s.step_slug, 'status', s.status,
-                'output', '[]'::jsonb, 'started_at', s.started_at, 'completed_at', s.completed_at,
-                'remaining_tasks', 0, 'remaining_deps', 0),
-            'step:' || s.step_slug || ':completed',
-            'pgflow:run:' || s.run_id,
-            false)
+        perform flowgate.publish(
+            'pgflow:run:' || cascade_complete_taskless_steps.run_id,
+            array_agg('step:' || s.step_slug || ':completed' order by done.place),
+            array_agg(
+                jsonb_build_object(
+                    'event_type', 'step:completed', 'run_id', s.run_id, 'step_slug', s.step_slug, 'status', s.status,
+                    'output', '[]'::jsonb, 'started_at', s.started_at, 'completed_at', s.completed_at,
+                    'remaining_tasks', 0, 'remaining_deps', 0)
+                order by done.place))
         from unnest(v_steps) with ordinality as done(step_slug, place)
         join pgflow.step_states as s
-          on s.run_id = cascade_complete_taskless_steps.run_id and s.step_slug = done.step_slug
-        order by done.place;
+          on s.run_id = cascade_complete_taskless_steps.run_id and s.step_slug = done.step_slug;
 
         update pgflow.step_states as child
         set remaining_deps = child.remaining_deps - told.parents,

@@ -48,12 +48,15 @@ begin
 
     -- Callers have completed steps without tasks already, with all that follows from it: only a direct call meets one.
     if 0 = any (v_sizes) then
-        perform realtime.send(
-            jsonb_build_object(
-                'event_type', 'step:completed', 'run_id', start_ready_steps.run_id, 'step_slug', step.slug,
-                'status', 'completed', 'output', '[]'::jsonb, 'started_at', now(), 'completed_at', now(),
-                'remaining_tasks', 0, 'remaining_deps', 0),
-            'step:' || step.slug || ':completed', 'pgflow:run:' || start_ready_steps.run_id, false)
+        perform flowgate.publish(
+            'pgflow:run:' || start_ready_steps.run_id,
+            array_agg('step:' || step.slug || ':completed' order by step.slug),
+            array_agg(
+                jsonb_build_object(
+                    'event_type', 'step:completed', 'run_id', start_ready_steps.run_id, 'step_slug', step.slug,
+                    'status', 'completed', 'output', '[]'::jsonb, 'started_at', now(), 'completed_at', now(),
+                    'remaining_tasks', 0, 'remaining_deps', 0)
+                order by step.slug))
         from unnest(v_steps, v_sizes) as step(slug, size)
         where step.size = 0;
 

@@ -15,7 +15,7 @@ declare
 begin
     update pgflow.runs as r
     set status = 'completed',
-        completed_at = now(),
+        completed_at = greatest(now(), r.started_at),
         output = (
             select jsonb_object_agg(
                 s.step_slug,

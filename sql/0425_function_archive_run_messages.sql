@@ -8,8 +8,11 @@ volatile
 set search_path = ''
 as $$
 #variable_conflict use_column
+declare
+    v_message_ids bigint[];
 begin
-    perform pgmq.archive(_archive_run_messages.flow_slug::text, array_agg(open.message_id order by open.message_id))
+    select array_agg(open.message_id order by open.message_id)
+    into v_message_ids
     from (
         select t.message_id
         from pgflow.step_tasks as t
@@ -17,7 +20,16 @@ begin
         union
         select _archive_run_messages.message_id
         where _archive_run_messages.message_id is not null
-    ) as open
-    having count(*) > 0;
+    ) as open;
+    if v_message_ids is null then
+        return;
+    end if;
+
+    -- pgmq deletes them as they lie; who sets the visibility of several takes them in order.
+    execute format(
+        'select from pgmq.%I as m where m.msg_id = any ($1) order by m.msg_id for update',
+        'q_' || lower(_archive_run_messages.flow_slug))
+    using v_message_ids;
+    perform pgmq.archive(_archive_run_messages.flow_slug::text, v_message_ids);
 end;
 $$;

@@ -52,6 +52,10 @@ begin
              from pgflow.deps as e
              join pgflow.steps as c on c.flow_slug = e.flow_slug and c.step_slug = e.step_slug
              where e.flow_slug = r.flow_slug and e.dep_slug = complete_task.step_slug and c.step_type = 'map'
+               -- Not one that was added to the flow after this run began.
+               and exists (
+                   select from pgflow.step_states as waits
+                   where waits.run_id = r.run_id and waits.step_slug = e.step_slug and waits.initial_tasks is null)
              order by c.step_index
              limit 1)
         end
@@ -59,8 +63,9 @@ begin
 
     update pgflow.step_tasks as t
     set status = case when v_map is null then 'completed' else 'failed' end,
-        completed_at = case when v_map is null then now() end,
-        failed_at = case when v_map is null then null else now() end,
+        -- It may have waited here while its task was put back and started again.
+        completed_at = case when v_map is null then greatest(now(), t.started_at) end,
+        failed_at = case when v_map is null then null else greatest(now(), t.started_at) end,
         error_message = case
             when v_map is null then t.error_message
             else '[TYPE_VIOLATION] Produced ' || coalesce(jsonb_typeof(v_output), 'null') || ' instead of array'
@@ -93,10 +98,10 @@ begin
             || v_task.step_slug || ' produced ' || coalesce(jsonb_typeof(v_output), 'null');
 
         update pgflow.runs as r
-        set status = 'failed', failed_at = now(), remaining_steps = r.remaining_steps + 1
+        set status = 'failed', failed_at = v_task.failed_at, remaining_steps = r.remaining_steps + 1
         where r.run_id = v_task.run_id;
         update pgflow.step_states as s
-        set status = 'failed', failed_at = now(), error_message = v_problem
+        set status = 'failed', failed_at = v_task.failed_at, error_message = v_problem
         where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug;
 
         perform flowgate.publish(
@@ -105,10 +110,10 @@ begin
             array[
                 jsonb_build_object(
                     'event_type', 'run:failed', 'run_id', v_task.run_id, 'flow_slug', v_task.flow_slug,
-                    'status', 'failed', 'failed_at', now()),
+                    'status', 'failed', 'failed_at', v_task.failed_at),
                 jsonb_build_object(
                     'event_type', 'step:failed', 'run_id', v_task.run_id, 'step_slug', v_task.step_slug,
-                    'status', 'failed', 'error_message', v_problem, 'failed_at', now())]);
+                    'status', 'failed', 'error_message', v_problem, 'failed_at', v_task.failed_at)]);
 
         perform pgflow._archive_run_messages(v_task.flow_slug, v_task.run_id, v_task.message_id);
         return;
@@ -149,7 +154,9 @@ begin
                 v_task.failed_at, v_task.started_at, v_task.last_worker_id);
             return;
         end if;
-        v_step_type := 'map';
+        select d.step_type into v_step_type
+        from pgflow.steps as d
+        where d.flow_slug = v_task.flow_slug and d.step_slug = v_task.step_slug;
     end if;
 
     -- The step's last task.
@@ -178,10 +185,10 @@ begin
                 when s.remaining_deps = 1 and v_size is distinct from 0 then coalesce(s.initial_tasks, v_size)
             end,
             started_at = case
-                when not tell.own and s.remaining_deps = 1 and v_size is distinct from 0 then now()
+                when not tell.own and s.remaining_deps = 1 and v_size is distinct from 0 then v_task.completed_at
                 else s.started_at
             end,
-            completed_at = case when tell.own then now() end
+            completed_at = case when tell.own then v_task.completed_at end
         from (
             select v_task.step_slug as step_slug, true as own, 0 as start_delay
             union all
@@ -207,7 +214,7 @@ begin
         'status', 'completed', 'output', v_output, 'completed_at', v_task.completed_at)];
     if v_steps is not null then
         perform pgflow._spawn_tasks(
-            v_task.flow_slug, v_task.run_id, v_steps, v_sizes, v_delays, v_events, v_payloads);
+            v_task.flow_slug, v_task.run_id, v_steps, v_sizes, v_delays, v_events, v_payloads, v_task.completed_at);
     else
         perform flowgate.publish(v_topic, v_events, v_payloads);
         if v_size = 0 then

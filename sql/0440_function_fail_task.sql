@@ -46,7 +46,7 @@ begin
 
     update pgflow.step_tasks as t
     set status = case when v_run_failed or t.attempts_count >= v_max_attempts then 'failed' else 'queued' end,
-        failed_at = case when v_run_failed or t.attempts_count >= v_max_attempts then now() end,
+        failed_at = case when v_run_failed or t.attempts_count >= v_max_attempts then greatest(now(), t.started_at) end,
         started_at = case when v_run_failed or t.attempts_count >= v_max_attempts then t.started_at end,
         error_message = fail_task.error_message
     where t.run_id = fail_task.run_id and t.step_slug = fail_task.step_slug and t.task_index = fail_task.task_index
@@ -80,11 +80,11 @@ begin
     -- The first failure that is final fails step and run.
     if v_moved and not v_run_failed then
         update pgflow.step_states as s
-        set status = 'failed', failed_at = now(), error_message = fail_task.error_message
+        set status = 'failed', failed_at = v_task.failed_at, error_message = fail_task.error_message
         where s.run_id = v_task.run_id and s.step_slug = v_task.step_slug and s.status = 'started';
         if found then
             update pgflow.runs as r
-            set status = 'failed', failed_at = now()
+            set status = 'failed', failed_at = v_task.failed_at
             where r.run_id = v_task.run_id and r.status = 'started';
             v_first := found;
             if not v_first then

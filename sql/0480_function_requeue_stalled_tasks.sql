@@ -17,6 +17,7 @@ language plpgsql
 volatile
 security definer
 set search_path = ''
+set jit = off
 -- Whatever the statistics say: a scan of step_tasks for the sake of a few messages is never what we want.
 set enable_hashjoin = off
 set enable_mergejoin = off

@@ -398,6 +398,9 @@ impl<'a> Session<'a> {
     }
 
     async fn drowse(&mut self) -> Result<(), SessionError> {
+        // A snapshot names those in progress only below the last transaction id that has ended: so one is ended that was
+        // drawn after `asleep` could be seen.
+        self.execute("select pg_current_xact_id()").await?;
         let row = self.one_row("select pg_current_snapshot()::text").await?;
         let seen = row
             .get(0)

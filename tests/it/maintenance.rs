@@ -385,16 +385,7 @@ async fn nothing_is_lost_or_done_twice_while_tasks_are_requeued_under_their_work
                         "select pgflow.complete_task('{run}', '{step}', {index}, '{index}')"
                     ),
                 };
-                let Err(error) = client.batch_execute(&end).await else {
-                    continue;
-                };
-                // A late callback whose transaction began before its task was put back and started again: pgflow's own check
-                // refuses it, whole.
-                let constraint = error.as_db_error().and_then(|error| error.constraint());
-                assert!(
-                    constraint.is_some_and(|name| name.ends_with("_at_is_after_started_at")),
-                    "{error:?}"
-                );
+                client.batch_execute(&end).await.unwrap();
             }
         }
     });
