@@ -14,6 +14,7 @@ use super::state::Pins;
 use crate::cancel::CancelSlot;
 use crate::server::conn::micros;
 use crate::server::parameters::Opening;
+use crate::wire::startup::ReplicationMode;
 use crate::wire::stream::Stream;
 
 /// Everybody who is logged in.
@@ -28,9 +29,9 @@ pub(crate) struct Roster {
 pub(crate) struct Entry {
     pub(crate) id: u64,
     pub(crate) opening: Arc<Opening>,
-    /// An admin's, in the console.
-    pub(crate) console: bool,
-    pub(crate) peer: Option<SocketAddr>,
+    pub(crate) kind: Kind,
+    /// Whom a balancer names, if one stands before us.
+    pub(crate) peer: SocketAddr,
     pub(crate) local: Option<SocketAddr>,
     /// Version and cipher; empty without TLS.
     pub(crate) tls: String,
@@ -48,6 +49,27 @@ pub(crate) struct Entry {
     kill: Notify,
 }
 
+/// What a client is here for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Session,
+    /// On a server of its own, outside the pools.
+    Replication(ReplicationMode),
+    /// An admin, or who may look.
+    Console,
+}
+
+/// Who comes in.
+pub(crate) struct Newcomer<'a> {
+    pub(crate) id: u64,
+    pub(crate) kind: Kind,
+    pub(crate) peer: SocketAddr,
+    pub(crate) opening: &'a Arc<Opening>,
+    pub(crate) application_name: &'a str,
+    pub(crate) slot: &'a Arc<CancelSlot>,
+    pub(crate) client: &'a Stream,
+}
+
 /// A client's place on the roster, until dropped.
 pub(crate) struct Listed {
     roster: Arc<Roster>,
@@ -55,26 +77,19 @@ pub(crate) struct Listed {
 }
 
 impl Roster {
-    pub(crate) fn enter(
-        self: &Arc<Self>,
-        id: u64,
-        opening: &Arc<Opening>,
-        application_name: &str,
-        slot: &Arc<CancelSlot>,
-        client: &Stream,
-        console: bool,
-    ) -> Listed {
-        let tcp = client.transport().tcp();
+    pub(crate) fn enter(self: &Arc<Self>, new: Newcomer<'_>) -> Listed {
+        let transport = new.client.transport();
+        let id = new.id;
         let entry = Arc::new(Entry {
             id,
-            opening: Arc::clone(opening),
-            console,
-            peer: tcp.and_then(|tcp| tcp.peer_addr().ok()),
-            local: tcp.and_then(|tcp| tcp.local_addr().ok()),
-            tls: client.transport().tls_words(),
+            opening: Arc::clone(new.opening),
+            kind: new.kind,
+            peer: new.peer,
+            local: transport.tcp().and_then(|tcp| tcp.local_addr().ok()),
+            tls: transport.tls_words(),
             connected_at: Instant::now(),
-            slot: Arc::clone(slot),
-            application_name: Mutex::new(application_name.to_owned()),
+            slot: Arc::clone(new.slot),
+            application_name: Mutex::new(new.application_name.to_owned()),
             request_us: AtomicU64::new(0),
             waiting_us: AtomicU64::new(0),
             server: AtomicU64::new(0),
@@ -106,8 +121,12 @@ impl Roster {
 
     /// Ends every client of a database (`None`: of any), but for the console's.
     pub(crate) fn kill_all(&self, database: Option<&str>) {
-        let inside = |entry: &&Arc<Entry>| {
-            !entry.console && database.is_none_or(|database| entry.opening.database == database)
+        let inside = |entry: &&Arc<Entry>| match (entry.kind, database) {
+            (Kind::Console, _) => false,
+            (_, None) => true,
+            // That of the whole server is no database's.
+            (Kind::Replication(ReplicationMode::Physical), Some(_)) => false,
+            (_, Some(database)) => entry.opening.database == database,
         };
         self.all()
             .iter()
@@ -120,7 +139,8 @@ impl Roster {
         loop {
             let mut left = std::pin::pin!(self.left.notified());
             left.as_mut().enable();
-            if lock(&self.entries).values().all(|entry| entry.console) {
+            let console = |entry: &Arc<Entry>| entry.kind == Kind::Console;
+            if lock(&self.entries).values().all(console) {
                 return;
             }
             left.await;

@@ -19,6 +19,7 @@ use super::error::{SessionError, login_refused};
 use super::live::{ConsoleRole, Running};
 use super::proxy::{self, ProxyError};
 use super::replication::{Place, ReplicationSession};
+use super::roster::{Kind, Listed, Newcomer};
 use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
@@ -87,8 +88,13 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
             drop(entry);
             session.part().await;
         }
-        Ok(Ok(Arrival::Replication(mut session))) => {
-            if let Err(error) = Box::pin(session.run(shared.standing.clone())).await {
+        Ok(Ok(Arrival::Replication(mut session, listed))) => {
+            let ended = tokio::select! {
+                biased;
+                ended = Box::pin(session.run(shared.standing.clone())) => ended,
+                () = listed.entry().killed() => Err(SessionError::Killed),
+            };
+            if let Err(error) = ended {
                 note(peer, &error, &shared);
                 if !session.is_mid_message() {
                     farewell(&mut session.client, &error).await;
@@ -159,7 +165,7 @@ struct Caller {
 
 enum Arrival {
     Session(Box<Session>),
-    Replication(Box<ReplicationSession>),
+    Replication(Box<ReplicationSession>, Listed),
     Console(Stream, Box<Admitted>),
     /// A cancel request, or somebody who just looked in.
     Nothing,
@@ -190,13 +196,30 @@ async fn arrive(
         Ok(Introduced::Nothing) => Ok(Arrival::Nothing),
         Ok(Introduced::Console(admitted)) => Ok(Arrival::Console(client, admitted)),
         Ok(Introduced::Replication(server)) => {
-            let (server, key, place) = *server;
+            let Replicating {
+                server,
+                key,
+                place,
+                mode,
+                opening,
+                application_name,
+            } = *server;
+            let listed = shared.roster.enter(Newcomer {
+                id: shared.clients.next(),
+                kind: Kind::Replication(mode),
+                peer: caller.address,
+                opening: &opening,
+                application_name: &application_name,
+                slot: &key.slot,
+                client: &client,
+            });
             let session = ReplicationSession::new(client, server, key, place);
-            Ok(Arrival::Replication(Box::new(session)))
+            Ok(Arrival::Replication(Box::new(session), listed))
         }
         Ok(Introduced::User(login)) => {
             let login = LoggedIn {
                 id: login.id,
+                peer: caller.address,
                 client,
                 opening: login.opening,
                 application_name: login.application_name,
@@ -250,8 +273,17 @@ async fn encrypt(tcp: TcpStream, caller: &mut Caller) -> Result<Stream, SessionE
 enum Introduced {
     Nothing,
     Console(Box<Admitted>),
-    Replication(Box<(ServerConn, CancelKey, Place)>),
+    Replication(Box<Replicating>),
     User(Box<User>),
+}
+
+struct Replicating {
+    server: ServerConn,
+    key: CancelKey,
+    place: Place,
+    mode: ReplicationMode,
+    opening: Arc<Opening>,
+    application_name: String,
 }
 
 struct User {
@@ -310,7 +342,10 @@ async fn introduce(
     } else {
         SECRET_LEN
     };
-    if login.replication.is_some() {
+    if login.opening.database != CONSOLE {
+        admit(shared, &login)?;
+    }
+    if let Some(mode) = login.replication {
         let opened =
             shared
                 .replications
@@ -320,7 +355,14 @@ async fn introduce(
         put_welcome(client, &server.reported, &key);
         client.flush().await?;
         shared.counters.logins.inc();
-        return Ok(Introduced::Replication(Box::new((*server, key, place))));
+        return Ok(Introduced::Replication(Box::new(Replicating {
+            server: *server,
+            key,
+            place,
+            mode,
+            opening: login.opening,
+            application_name: login.application_name,
+        })));
     }
     if login.opening.database == CONSOLE {
         let Some(role) = ConsoleRole::of(&login.opening.user, &live.config) else {
@@ -331,13 +373,9 @@ async fn introduce(
         put_authentication(&mut client.output, 0, &[]);
         console::put_greeting(&mut client.output, &key);
         client.flush().await?;
-        let admitted = Admitted::new(role, id, key, &login.opening, &login.application_name);
+        let name = &login.application_name;
+        let admitted = Admitted::new(role, id, caller.address, key, &login.opening, name);
         return Ok(Introduced::Console(Box::new(admitted)));
-    }
-    if shared.pools.is_disabled(&login.opening.database) {
-        let database = &login.opening.database;
-        let message = format!("database \"{database}\" is not currently accepting connections");
-        return Err(refused("55000", &message));
     }
     drop(live);
     shared.pools.share_credentials(&login.opening, &credentials);
@@ -413,6 +451,16 @@ async fn authenticate(
     };
     shared.counters.access_refused.inc();
     Err(SessionError::Refused(Box::new(refusal)))
+}
+
+/// A database that an admin has disabled takes no new clients.
+fn admit(shared: &Shared, login: &Login) -> Result<(), SessionError> {
+    let database = &login.opening.database;
+    if login.replication == Some(ReplicationMode::Physical) || !shared.pools.is_disabled(database) {
+        return Ok(());
+    }
+    let message = format!("database \"{database}\" is not currently accepting connections");
+    Err(refused("55000", &message))
 }
 
 /// What a StartupMessage asks for.

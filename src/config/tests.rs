@@ -825,7 +825,7 @@ fn what_a_reload_does_not_change_stays_as_it_was() {
             listen = {{ postgres = "0.0.0.0:1", http = "[::1]:2", threads = 3, reuse_port = true, login_timeout = "1s" }}
             primary = {{ url = "postgres://other" }}
             pool = {{ size = 4 }}
-            replication = {{ max_connections = 0 }}
+            replication = {{ max_connections = 27 }}
             cluster = {{ address = "me:1", peers = ["you:2"], forwards_max = 4 }}
             cache = {{ max_age_ms = 11, max_bytes = 12 }}
             poll = {{ park = false, probe_ms = 13 }}

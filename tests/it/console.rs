@@ -1014,3 +1014,40 @@ async fn shutdown_comes_now_with_the_last_transaction_or_with_the_last_client() 
         "1"
     );
 }
+
+#[tokio::test]
+async fn replication_clients_are_shown_and_can_be_ended() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |_| ()).await;
+    let console = proxy.console().await;
+    let login = async |mode: &str| {
+        let more = [("replication", mode), ("application_name", mode)];
+        Raw::login(proxy.port, "postgres", &db.name, &more).await
+    };
+    let (mut physical, mut logical) = (login("true").await, login("database").await);
+    let client = async |mode: &str| row(&console, "SHOW CLIENTS", "application_name", mode).await;
+    assert_eq!(client("true").await["replication"], "physical");
+    assert_eq!(client("database").await["replication"], "logical");
+    let logging_in = row(&console, "SHOW LISTS", "list", "login_clients").await;
+    assert_eq!(logging_in["items"], "0");
+    assert!(
+        table(&console, "SHOW POOLS").await.is_empty(),
+        "they are in none"
+    );
+    let kill = format!("kill_client {}", client("true").await["id"]);
+    console.batch_execute(&kill).await.unwrap();
+    let last = physical.until_end().await;
+    assert_eq!(error_code(&last).as_deref(), Some("57P01"));
+    assert!(logical.query("select 'spared'").await.contains("D spared"));
+    console
+        .batch_execute(&format!("kill {}", db.name))
+        .await
+        .unwrap();
+    let last = logical.until_end().await;
+    assert_eq!(error_code(&last).as_deref(), Some("57P01"));
+    wait_until("both are gone", PATIENCE, async || {
+        table(&console, "SHOW CLIENTS").await.len() == 1
+    })
+    .await;
+    proxy.shut_down().await;
+}

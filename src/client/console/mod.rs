@@ -8,6 +8,7 @@ mod command;
 mod tables;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
@@ -16,6 +17,7 @@ use self::command::{Command, PARAMETERS};
 use self::tables::{Column, Row};
 use super::error::SessionError;
 use super::live::ConsoleRole;
+use super::roster::{Kind, Newcomer};
 use super::shared::{Manner, NotReloaded, Order, Reloaded, Shared};
 use crate::cancel::CancelKey;
 use crate::server::parameters::Opening;
@@ -38,6 +40,7 @@ const PIECE: usize = 64 * 1024;
 pub(super) struct Admitted {
     role: ConsoleRole,
     id: u64,
+    peer: SocketAddr,
     key: CancelKey,
     opening: Arc<Opening>,
     application_name: String,
@@ -47,6 +50,7 @@ impl Admitted {
     pub(super) fn new(
         role: ConsoleRole,
         id: u64,
+        peer: SocketAddr,
         key: CancelKey,
         opening: &Arc<Opening>,
         application_name: &str,
@@ -54,6 +58,7 @@ impl Admitted {
         Self {
             role,
             id,
+            peer,
             key,
             opening: Arc::clone(opening),
             application_name: application_name.to_owned(),
@@ -88,14 +93,15 @@ pub(super) async fn serve(
     admitted: &Admitted,
 ) -> Result<(), SessionError> {
     let (opening, slot) = (&admitted.opening, &admitted.key.slot);
-    let listed = shared.roster.enter(
-        admitted.id,
+    let listed = shared.roster.enter(Newcomer {
+        id: admitted.id,
+        kind: Kind::Console,
+        peer: admitted.peer,
         opening,
-        &admitted.application_name,
+        application_name: &admitted.application_name,
         slot,
         client,
-        true,
-    );
+    });
     let mut talk = Talk {
         shared,
         admitted,

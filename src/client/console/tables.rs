@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 use crate::client::live::{Live, Running};
-use crate::client::roster::Entry;
+use crate::client::roster::{self, Entry};
 use crate::client::session::Session;
 use crate::client::shared::Shared;
 use crate::client::state::PIN_REASONS;
@@ -20,6 +20,7 @@ use crate::pool::stats::Totals;
 use crate::server::conn::{ServerConn, ServerRecord};
 use crate::upstream::{Role, Upstream};
 use crate::wire::messages::Described;
+use crate::wire::startup::ReplicationMode;
 
 /// A column: its name and type.
 #[derive(Clone, Copy)]
@@ -702,7 +703,7 @@ impl View<'_> {
     fn clients_by_pool(&self) -> HashMap<(String, String), Vec<Arc<Entry>>> {
         let mut pools: HashMap<_, Vec<_>> = HashMap::new();
         let entries = self.shared.roster.all().into_iter();
-        for entry in entries.filter(|entry| !entry.console) {
+        for entry in entries.filter(|entry| entry.kind == roster::Kind::Session) {
             let key = (entry.opening.database.clone(), entry.opening.user.clone());
             pools.entry(key).or_default().push(entry);
         }
@@ -721,8 +722,8 @@ impl View<'_> {
                 (_, Some(_), _) => "waiting",
                 (_, _, (1.., _)) => "active_cancel_req",
                 (Some(_), ..) => "active",
-                (None, ..) if entry.console => "active",
-                (None, ..) => "idle",
+                (None, ..) if entry.kind == roster::Kind::Session => "idle",
+                (None, ..) => "active",
             };
             if active && state != "active" {
                 continue;
@@ -738,9 +739,13 @@ impl View<'_> {
                 .text("C")
                 .text(&entry.opening.user)
                 .text(&entry.opening.database)
-                .text("none")
+                .text(match entry.kind {
+                    roster::Kind::Session | roster::Kind::Console => "none",
+                    roster::Kind::Replication(ReplicationMode::Physical) => "physical",
+                    roster::Kind::Replication(ReplicationMode::Logical) => "logical",
+                })
                 .text(state);
-            let row = addresses(row, entry.peer, entry.local)
+            let row = addresses(row, Some(entry.peer), entry.local)
                 .text(self.time(entry.connected_at))
                 .text(self.time(entry.last_request()))
                 .int4(waited.as_secs())

@@ -12,6 +12,7 @@ mod subscriptions;
 mod tally;
 mod waiting;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
 use super::prepared::Prepared;
 use super::request::{BatchEnd, Grouping, Unit};
-use super::roster::{Entry, Listed};
+use super::roster::{Entry, Kind, Listed, Newcomer};
 use super::run_tokens::Writing;
 use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
@@ -95,6 +96,7 @@ pub(super) struct Session {
 /// What a finished login hands over.
 pub(super) struct LoggedIn {
     pub(super) id: u64,
+    pub(super) peer: SocketAddr,
     pub(super) client: Stream,
     pub(super) opening: Arc<Opening>,
     pub(super) application_name: String,
@@ -163,14 +165,15 @@ impl Session {
         let mut standing = shared.standing.clone();
         let Standing { running, live } = standing.borrow_and_update().clone();
         let home = shared.pools.pool(&login.opening, upstream::PRIMARY);
-        let listed = shared.roster.enter(
-            login.id,
-            &login.opening,
-            &login.application_name,
-            &login.key.slot,
-            &login.client,
-            false,
-        );
+        let listed = shared.roster.enter(Newcomer {
+            id: login.id,
+            kind: Kind::Session,
+            peer: login.peer,
+            opening: &login.opening,
+            application_name: &login.application_name,
+            slot: &login.key.slot,
+            client: &login.client,
+        });
         Self {
             id: login.id,
             client: login.client,
