@@ -17,6 +17,9 @@ declare
     v_root_maps boolean;
     v_size      integer := 0;
     v_count     integer;
+    v_steps     text[];
+    v_types     text[];
+    v_waits     integer[];
     v_roots     text[];
     v_sizes     integer[];
     v_delays    integer[];
@@ -25,8 +28,10 @@ declare
     v_events    text[];
     v_payloads  jsonb[];
 begin
+    -- Once: a step that is added meanwhile must be in all of what follows, or in nothing of it.
     select
-        count(*), coalesce(bool_or(s.step_type = 'map' and s.deps_count = 0), false),
+        count(*), array_agg(s.step_slug order by s.step_index), array_agg(s.step_type order by s.step_index),
+        array_agg(s.deps_count order by s.step_index), coalesce(bool_or(s.step_type = 'map' and s.deps_count = 0), false),
         coalesce(
             bool_or(s.required_input_pattern is not null or s.forbidden_input_pattern is not null)
                 filter (where s.deps_count = 0),
@@ -34,7 +39,7 @@ begin
         array_agg(s.step_slug order by s.step_slug) filter (where s.deps_count = 0),
         array_agg(case s.step_type when 'single' then 1 end order by s.step_slug) filter (where s.deps_count = 0),
         array_agg(coalesce(s.opt_start_delay, 0) order by s.step_slug) filter (where s.deps_count = 0)
-    into v_count, v_root_maps, v_asks, v_roots, v_sizes, v_delays
+    into v_count, v_steps, v_types, v_waits, v_root_maps, v_asks, v_roots, v_sizes, v_delays
     from pgflow.steps as s
     where s.flow_slug = start_flow.flow_slug;
 
@@ -59,18 +64,17 @@ begin
     insert into pgflow.step_states (
         flow_slug, run_id, step_slug, remaining_deps, initial_tasks, status, started_at, remaining_tasks)
     select
-        s.flow_slug, v_run.run_id, s.step_slug, s.deps_count, task.initial,
+        v_run.flow_slug, v_run.run_id, s.step_slug, s.deps_count, task.initial,
         case when task.starts then 'started' else 'created' end,
         case when task.starts then now() end,
         case when task.starts then task.initial end
-    from pgflow.steps as s
+    from unnest(v_steps, v_types, v_waits) with ordinality as s(step_slug, step_type, deps_count, place)
     cross join lateral (
         select
             case when s.step_type <> 'map' then 1 when s.deps_count = 0 then v_size end as initial,
             s.deps_count = 0 and not v_taskless and not v_asks as starts
     ) as task
-    where s.flow_slug = v_run.flow_slug
-    order by s.step_index;
+    order by s.place;
 
     v_events := array['run:started'];
     v_payloads := array[jsonb_build_object(

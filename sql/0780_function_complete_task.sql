@@ -201,15 +201,16 @@ begin
         from (
             select v_task.step_slug as step_slug, true as own, 0 as start_delay, false as starts, false as asks
             union all
-            select
-                e.step_slug, false, coalesce(d.opt_start_delay, 0),
-                v_size is distinct from 0
-                    and not bool_or(
-                        d.required_input_pattern is not null or d.forbidden_input_pattern is not null) over (),
-                d.required_input_pattern is not null or d.forbidden_input_pattern is not null
-            from pgflow.deps as e
-            join pgflow.steps as d on d.flow_slug = e.flow_slug and d.step_slug = e.step_slug
-            where e.flow_slug = v_task.flow_slug and e.dep_slug = v_task.step_slug
+            select child.step_slug, false, child.start_delay, v_size is distinct from 0 and not child.asks, child.asks
+            from (
+                select
+                    e.step_slug, coalesce(d.opt_start_delay, 0) as start_delay,
+                    -- Any of them.
+                    bool_or(d.required_input_pattern is not null or d.forbidden_input_pattern is not null) over () as asks
+                from pgflow.deps as e
+                join pgflow.steps as d on d.flow_slug = e.flow_slug and d.step_slug = e.step_slug
+                where e.flow_slug = v_task.flow_slug and e.dep_slug = v_task.step_slug
+            ) as child
         ) as tell
         where s.run_id = v_task.run_id and s.step_slug = tell.step_slug and (tell.own or s.status = 'created')
         returning s.step_slug, s.status, s.initial_tasks, s.remaining_deps, s.started_at, tell.start_delay, tell.asks

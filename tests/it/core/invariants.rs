@@ -1,5 +1,5 @@
-//! What is true of every database in which nobody is at work just now, whatever happened before. Each rule is a query for
-//! what breaks it.
+//! What is true of every database in which nobody is at work just now, whatever happened before, at both levels. Each rule is
+//! a query for what breaks it.
 
 use super::Core;
 
@@ -21,12 +21,15 @@ begin
 end;
 $$;
 create or replace temp view task as
-    select t.*, r.status as run_status, jsonb_build_object(
+    select t.*, r.status as run_status, s.status as step_status, jsonb_build_object(
         'flow_slug', t.flow_slug, 'run_id', t.run_id, 'step_slug', t.step_slug, 'task_index', t.task_index) as message
-    from pgflow.step_tasks as t join pgflow.runs as r using (run_id);
--- Each step's output as the contract has it.
+    from pgflow.step_tasks as t join pgflow.runs as r using (run_id) join pgflow.step_states as s using (run_id, step_slug);
+-- Each step's output as the contract has it, and as it is kept (0.14).
 create or replace temp view step as
-    select s.*, d.step_type, r.status as run_status,
+    select s.flow_slug, s.run_id, s.step_slug, s.status, s.remaining_tasks, s.remaining_deps, s.created_at, s.started_at,
+        s.completed_at, s.failed_at, s.error_message, s.initial_tasks, d.step_type, r.status as run_status,
+        to_jsonb(s) -> 'output' as kept, to_jsonb(s) ->> 'skip_reason' as skip_reason,
+        (to_jsonb(s) ->> 'skipped_at')::timestamptz as skipped_at,
         case when d.step_type = 'map'
             then coalesce((select jsonb_agg(t.output order by t.task_index) from pgflow.step_tasks as t
                            where t.run_id = s.run_id and t.step_slug = s.step_slug), '[]')
@@ -47,6 +50,7 @@ create or replace temp view said as
             when e.event = 'run:failed' and not e.payload ? 'error_message' then 4
             when e.event like 'step:%:failed' then 5
             when e.event in ('run:failed', 'run:completed') then 6
+            when e.event like 'step:%:skipped' then 7
         end as place
     from flowgate.event as e
     where e.topic like 'pgflow:run:%' and e.seq is not null;
@@ -56,48 +60,48 @@ const RULES: &[(&str, &str)] = &[
     (
         "a run has ended, or has a task that was abandoned on purpose and nothing else to do",
         "select r.run_id, r.flow_slug, t.step_slug, t.task_index, t.status from pgflow.runs as r
-         left join pgflow.step_tasks as t on t.run_id = r.run_id and t.status in ('queued', 'started')
+         left join task as t on t.run_id = r.run_id and t.status in ('queued', 'started') and t.step_status = 'started'
           and not exists (select from abandoned as a
                           where (a.run_id, a.step_slug, a.task_index) = (t.run_id, t.step_slug, t.task_index) and t.status = 'started')
          where r.status = 'started'
          and (t.run_id is not null or not exists (select from abandoned as a where a.run_id = r.run_id))",
     ),
     (
-        "remaining_steps is the number of steps that are not completed",
+        "remaining_steps is the number of steps that are neither completed nor skipped",
         "select r.run_id, r.status, r.remaining_steps from pgflow.runs as r where r.remaining_steps <>
-         (select count(*) from pgflow.step_states as s where s.run_id = r.run_id and s.status <> 'completed')",
+         (select count(*) from pgflow.step_states as s where s.run_id = r.run_id and s.status not in ('completed', 'skipped'))",
     ),
     (
-        "remaining_tasks is the number of tasks that are not completed, and null before the step starts",
+        "remaining_tasks is the number of tasks that are not completed, and null where a step has not started or was skipped",
         "select run_id, step_slug, status, remaining_tasks from step as s where remaining_tasks is distinct from
-         case when status <> 'created' then (select count(*) from pgflow.step_tasks as t
+         case when status <> 'skipped' and started_at is not null then (select count(*) from pgflow.step_tasks as t
             where t.run_id = s.run_id and t.step_slug = s.step_slug and t.status <> 'completed') end",
     ),
     (
-        "remaining_deps is the number of dependencies that are not completed",
-        "select run_id, step_slug, remaining_deps from step as s where remaining_deps <>
+        "remaining_deps is the number of dependencies that have not ended, unless the step was skipped for one of them",
+        "select run_id, step_slug, remaining_deps from step as s where status <> 'skipped' and remaining_deps <>
          (select count(*) from pgflow.deps as d join pgflow.step_states as p on p.run_id = s.run_id and p.step_slug = d.dep_slug
-          where d.flow_slug = s.flow_slug and d.step_slug = s.step_slug and p.status <> 'completed')",
+          where d.flow_slug = s.flow_slug and d.step_slug = s.step_slug and p.status not in ('completed', 'skipped'))",
     ),
     (
         "a step that started has its tasks, numbered from 0, and one that did not has none",
         "select s.run_id, s.step_slug, s.status, s.initial_tasks, count(t.run_id), min(t.task_index), max(t.task_index)
          from step as s left join pgflow.step_tasks as t using (run_id, step_slug)
-         group by s.run_id, s.step_slug, s.status, s.initial_tasks
-         having count(t.run_id) <> case when s.status = 'created' then 0 else s.initial_tasks end
+         group by s.run_id, s.step_slug, s.status, s.initial_tasks, s.started_at
+         having count(t.run_id) <> case when s.started_at is null then 0 else s.initial_tasks end
          or (count(t.run_id) > 0 and (min(t.task_index) <> 0 or max(t.task_index) <> count(t.run_id) - 1))",
     ),
     (
-        "a step whose dependencies are completed has started, while its run goes on or is complete",
+        "a step whose dependencies have ended has started or was skipped, while its run goes on or is complete",
         "select run_id, step_slug from step where status = 'created' and remaining_deps = 0 and run_status <> 'failed'",
     ),
     (
-        "only a failed run has a failed step or a failed task, and it has exactly one such step",
+        "only a failed run has a failed step, exactly one, or a failed task outside of skipped steps",
         "select r.run_id, r.status, count(s.run_id) from pgflow.runs as r
          left join pgflow.step_states as s on s.run_id = r.run_id and s.status = 'failed'
          group by r.run_id, r.status having count(s.run_id) <> case r.status when 'failed' then 1 else 0 end
          union all
-         select run_id, run_status, task_index from task where status = 'failed' and run_status <> 'failed'",
+         select run_id, run_status, task_index from task where status = 'failed' and run_status <> 'failed' and step_status <> 'skipped'",
     ),
     (
         "what ended says when, in the right column",
@@ -105,8 +109,8 @@ const RULES: &[(&str, &str)] = &[
          where (completed_at is not null, failed_at is not null) <> (status = 'completed', status = 'failed')
          union all
          select run_id, step_slug || status from pgflow.step_states
-         where (completed_at is not null, failed_at is not null, started_at is not null)
-            <> (status = 'completed', status = 'failed', status <> 'created')
+         where (completed_at is not null, failed_at is not null) <> (status = 'completed', status = 'failed')
+            or (started_at is not null) <> (status <> 'created') and status not in ('failed', 'skipped')
          union all
          select run_id, step_slug || task_index || status from pgflow.step_tasks
          where (completed_at is not null, failed_at is not null, started_at is not null)
@@ -116,7 +120,23 @@ const RULES: &[(&str, &str)] = &[
         "a run that is complete has the outputs of its leaves, any other has none",
         "select r.run_id, r.status, r.output from pgflow.runs as r where r.output is distinct from
          case when r.status = 'completed' then
-            (select jsonb_object_agg(s.step_slug, s.output) from step as s where s.run_id = r.run_id and s.leaf) end",
+            (select jsonb_object_agg(s.step_slug, s.output) from step as s
+             where s.run_id = r.run_id and s.leaf and s.status = 'completed') end",
+    ),
+    (
+        "a step keeps the output it completed with, and no other",
+        "select run_id, step_slug, status, kept, output from step where kept <> case when status = 'completed' then output else 'null' end",
+    ),
+    (
+        "a step is skipped when something it depends on was, its condition is not met, or its handler failed",
+        "select s.run_id, s.step_slug, s.status, s.skip_reason from step as s
+         where (s.status = 'skipped') <> (s.skip_reason is not null) or (s.status = 'skipped') <> (s.skipped_at is not null)
+            or s.skip_reason = 'handler_failed' and not exists (select from task as t where t.run_id = s.run_id
+                and t.step_slug = s.step_slug and t.status = 'failed' and t.error_message = s.error_message)
+            or s.skip_reason = 'dependency_skipped' and not exists (select from pgflow.deps as d join step as p
+                on p.run_id = s.run_id and p.step_slug = d.dep_slug and p.status = 'skipped'
+                where d.flow_slug = s.flow_slug and d.step_slug = s.step_slug)
+            or s.skip_reason not in ('condition_unmet', 'handler_failed', 'dependency_skipped')",
     ),
     (
         "a message's id is that of one task",
@@ -135,7 +155,8 @@ const RULES: &[(&str, &str)] = &[
          from task as t
          where ((select count(*) from queued as q where q.msg_id = t.message_id and q.message = t.message),
                 (select count(*) from archived as a where a.msg_id = t.message_id and a.message = t.message))
-            <> (case when t.run_status = 'started' and t.status in ('queued', 'started') then (1::bigint, 0::bigint) else (0::bigint, 1::bigint) end)",
+            <> (case when t.run_status = 'started' and t.step_status = 'started' and t.status in ('queued', 'started')
+                then (1::bigint, 0::bigint) else (0::bigint, 1::bigint) end)",
     ),
     (
         "there is no message without a task",
@@ -155,8 +176,8 @@ const RULES: &[(&str, &str)] = &[
         "with happened as (
              select run_id, 'run:started' as event from pgflow.runs
              union all select run_id, 'run:' || status from pgflow.runs where status <> 'started'
-             union all select run_id, 'step:' || step_slug || ':started' from step where status <> 'created' and initial_tasks > 0
-             union all select run_id, 'step:' || step_slug || ':' || status from step where status in ('completed', 'failed')
+             union all select run_id, 'step:' || step_slug || ':started' from step where started_at is not null and initial_tasks > 0
+             union all select run_id, 'step:' || step_slug || ':' || status from step where status in ('completed', 'failed', 'skipped')
          )
          (select 'not said' as what, * from (select * from happened except all select run_id, event from said) as missing)
          union all
@@ -172,20 +193,27 @@ const RULES: &[(&str, &str)] = &[
             or (r.status = 'failed' and (s.event like '%:failed') <> (s.seq > m.last - 2))",
     ),
     (
-        "a step starts before it ends, and after everything it depends on has completed",
+        "a step starts before it ends, and after everything it depends on has ended",
         "select s.run_id, s.event, e.event from said as s join said as e
             on e.run_id = s.run_id and e.step_slug = s.step_slug and e.seq < s.seq and s.event like '%:started'
          union all
          select s.run_id, s.event, p.event from said as s
          join pgflow.runs as r using (run_id)
          join pgflow.deps as d on d.flow_slug = r.flow_slug and d.step_slug = s.step_slug
-         left join said as p on p.run_id = s.run_id and p.step_slug = d.dep_slug and p.event like '%:completed'
-         where p.seq is null or p.seq > s.seq",
+         left join said as p on p.run_id = s.run_id and p.step_slug = d.dep_slug and p.event ~ ':(completed|skipped)$'
+         where (p.seq is null or p.seq > s.seq) and s.payload ->> 'skip_reason' is distinct from 'dependency_skipped'
+         union all
+         select s.run_id, s.event, s.payload ->> 'skip_reason' from said as s
+         join pgflow.runs as r using (run_id)
+         where s.payload ->> 'skip_reason' = 'dependency_skipped' and not exists (
+            select from said as p join pgflow.deps as d on d.dep_slug = p.step_slug
+            where p.run_id = s.run_id and p.event like '%:skipped' and p.seq < s.seq
+              and d.flow_slug = r.flow_slug and d.step_slug = s.step_slug)",
     ),
     (
         "within a call it is said from the cause to the end, and steps start in the order of their slugs",
         "select run_id, seq, event from (
-             select *, lag(place) over w as before, lag(step_slug) over w as slug_before from said
+             select *, lag(place) over w as before, lag(step_slug) over w as slug_before from said where place is distinct from 7
              window w as (partition by xid, run_id order by seq)) as s
          where place is null or before > place or (place in (0, 1, 4, 5, 6) and before = place)
             or (place = 3 and before = 3 and step_slug < slug_before)",
@@ -210,12 +238,15 @@ const RULES: &[(&str, &str)] = &[
                 'remaining_tasks', 0, 'remaining_deps', 0)
             when 3 then jsonb_build_object('started_at', t.started_at, 'remaining_tasks', t.initial_tasks, 'remaining_deps', 0)
             when 5 then jsonb_build_object('error_message', t.error_message, 'failed_at', t.failed_at)
+            when 7 then jsonb_build_object('skip_reason', t.skip_reason, 'skipped_at', t.skipped_at) || case t.skip_reason
+                when 'handler_failed' then jsonb_build_object('error_message', t.error_message)
+                else jsonb_build_object('flow_slug', t.flow_slug) end
          end",
     ),
 ];
 
 /// Fails with every rule that is broken, and by what (`about` says what to repeat).
-pub(super) async fn hold(core: &Core, about: &str) {
+pub(crate) async fn hold(core: &Core, about: &str) {
     core.run(GATHER).await;
     core.run("create index on queued (msg_id); create index on archived (msg_id); analyze queued; analyze archived")
         .await;

@@ -449,3 +449,21 @@ async fn resolving_by_hand_says_whether_the_run_has_not_failed() {
         before
     );
 }
+
+#[tokio::test]
+async fn a_step_starts_though_one_with_a_condition_beside_it_was_skipped_before() {
+    let core = at_0_14().await;
+    core.define(
+        "flow f(max_attempts => 1)
+         a
+         b(when_exhausted => 'skip-cascade')
+         asks < a, b(required_input_pattern => '{\"a\": 1}')
+         plain < a",
+    )
+    .await;
+    core.start_flow("f", "{}", 1).await;
+    core.take("f").await;
+    core.fail(1, "b", 0, "no").await;
+    core.complete(1, "a", 0, "1").await;
+    assert_eq!(core.take("f").await, "plain 0 {\"a\": 1}");
+}

@@ -6,6 +6,7 @@ mod conditions;
 mod definitions;
 mod levels;
 mod many_workers;
+mod random_dags;
 mod requeueing;
 mod skipping;
 mod worker_functions;
