@@ -72,7 +72,10 @@ impl std::str::FromStr for Case {
     type Err = String;
 
     fn from_str(word: &str) -> Result<Self, String> {
-        let size = |number: &str| number.parse().map_err(|_| format!("`{word}` has no size"));
+        let size = |number: &str| {
+            let size = number.parse();
+            size.map_err(|error| format!("`{word}` has no size: {error}"))
+        };
         match word {
             "single" => Ok(Self::Single),
             "diamond" => Ok(Self::Diamond),
