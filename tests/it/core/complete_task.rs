@@ -1,6 +1,6 @@
 //! `complete_task`: what one completion moves, what a late or wrong one leaves alone, and outputs no map can be made of.
 
-use super::{Core, WORKER, lines, refused, run, show};
+use super::{Core, WORKER, lines, run, show};
 
 /// The task's row as `complete_task` and `fail_task` return it, but for what differs from run to run.
 const ROW: &str = "flow_slug, run_id, step_slug, message_id, task_index, status, attempts_count, error_message, output,
