@@ -191,7 +191,12 @@ pub async fn start(config: &Config) -> Result<App, AppError> {
                 async move { drop(stop.wait_for(|state| *state != Running::Serving).await) };
             (
                 Some(bound),
-                Some(tokio::spawn(http::serve(listener, state, stopped))),
+                Some(tokio::spawn(http::serve(
+                    listener,
+                    config.http.max_connections.get(),
+                    state,
+                    stopped,
+                ))),
             )
         }
     };
