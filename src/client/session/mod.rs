@@ -383,6 +383,9 @@ impl Session {
         if after == TxStatus::Idle {
             self.end_transaction(ending, consequences).await?;
         }
+        if consequences.notified {
+            self.hear_own().await?;
+        }
         if self.exchange.keep_ready {
             put_ready(&mut self.client.output, after);
             self.client.flush().await?;
