@@ -209,7 +209,12 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             };
             (
                 Some(bound),
-                Some(tokio::spawn(http::serve(listener, state, stopped))),
+                Some(tokio::spawn(http::serve(
+                    listener,
+                    config.http.max_connections.get(),
+                    state,
+                    stopped,
+                ))),
             )
         }
     };

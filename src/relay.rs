@@ -14,7 +14,8 @@ use thiserror::Error;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use crate::server::conn::{
-    STATEMENT_PREFIX, ServerConn, StatementId, UNNAMED_UNKNOWN, UnnamedOwner,
+    STATEMENT_CHANGED, STATEMENT_PREFIX, ServerConn, Shape, StatementId, UNNAMED_UNKNOWN,
+    UnnamedOwner,
 };
 use crate::wire::error_response::field;
 use crate::wire::frame::{HEADER, Header};
@@ -23,6 +24,8 @@ use crate::wire::stream::Stream;
 
 /// Frames that are looked into are held whole up to this size; larger ones (a huge error text) pass unread.
 const LOOKED_INTO_MAX: usize = 1024 * 1024;
+/// So much of what waits for the client is moved up when something behind it is swallowed; more is sent first.
+const MOVED_MAX: usize = 4 * 1024;
 /// Bytes a client may send ahead while its request runs; beyond, it waits, as it would for Postgres itself.
 const READ_AHEAD_MAX: usize = 64 * 1024;
 /// After a client closed its sending side: how often to look whether it has closed the other one too.
@@ -36,7 +39,7 @@ pub(crate) struct Exchange {
     extended: bool,
     /// Bytes at the front of the client's input (and what follows it from the socket) that go to the server as they are.
     pub(crate) upload: usize,
-    /// Answers to Parse and Close, in the order they were sent.
+    /// Answers to Parse and Close, and to a Describe that follows its Parse, in the order they were sent.
     pub(crate) expected: VecDeque<Expected>,
     /// The response is held back until it is known not to be a refusal that another server would not make.
     pub(crate) hold: bool,
@@ -97,16 +100,49 @@ pub(crate) enum Expected {
     OursParsedUnnamed(UnnamedOwner),
     OursOther,
     OursClosed(Option<StatementId>),
+    /// The client's own Describe of the statement parsed just before, at that stamp: worth a look.
+    Described(StatementId, u64),
+    /// A Describe of ours.
+    OursDescribed(StatementId, u64),
+    /// The client's own Describe of a statement whose rows it must not see. INVARIANT: no Describe that is not in the list is
+    /// under way before it.
+    ParametersOnly,
 }
 
 impl Expected {
+    /// Not the client's to count.
     fn is_ours(self) -> bool {
         match self {
-            Self::Parsed(..) | Self::ParsedUnnamed(_) | Self::Closed(_) => false,
+            Self::Parsed(..) | Self::ParsedUnnamed(_) | Self::Closed(_) | Self::Described(..) => {
+                false
+            }
             Self::OursParsed(..)
             | Self::OursParsedUnnamed(_)
             | Self::OursOther
-            | Self::OursClosed(_) => true,
+            | Self::OursClosed(_)
+            | Self::OursDescribed(..)
+            | Self::ParametersOnly => true,
+        }
+    }
+
+    /// Not the client's to see.
+    fn is_swallowed(self, tag: u8) -> bool {
+        self.is_ours() && !(self == Self::ParametersOnly && tag == b't')
+    }
+
+    /// Whether a message of the server's with this tag is this answer, or the first half of it.
+    fn is_answered_by(self, tag: u8) -> bool {
+        match self {
+            Self::Described(..) | Self::OursDescribed(..) | Self::ParametersOnly => {
+                matches!(tag, b't' | b'T' | b'n')
+            }
+            Self::Parsed(..)
+            | Self::ParsedUnnamed(_)
+            | Self::Closed(_)
+            | Self::OursParsed(..)
+            | Self::OursParsedUnnamed(_)
+            | Self::OursOther
+            | Self::OursClosed(_) => matches!(tag, b'1' | b'3'),
         }
     }
 }
@@ -415,16 +451,15 @@ impl Exchange {
         header: Header,
         scanned: usize,
     ) -> Result<bool, RelayError> {
-        let answer = matches!(header.tag, b'1' | b'3')
-            .then(|| self.expected.front().copied())
-            .flatten();
+        let next = self.expected.front().copied();
+        let answer = next.filter(|answer| answer.is_answered_by(header.tag));
         let misnamed = header.tag == b'E' && names_a_statement(bytes_of(server, header, scanned));
-        let swallow = self.refusing
-            || misnamed
-            || header.tag == b'A'
-            || answer.is_some_and(Expected::is_ours)
-            || header.tag == b'Z' && self.keep_ready;
-        if swallow && scanned > 0 {
+        // What is the server's or ours alone may go from among the client's.
+        let ours = answer.is_some_and(|answer| answer.is_swallowed(header.tag));
+        let aside = header.tag == b'A' || ours;
+        let swallow = self.refusing || misnamed || aside || header.tag == b'Z' && self.keep_ready;
+        let cut_out = aside && scanned > 0 && scanned <= MOVED_MAX && !self.refusing;
+        if swallow && scanned > 0 && !cut_out {
             self.release_held();
             return Ok(false);
         }
@@ -463,7 +498,11 @@ impl Exchange {
                     // Dropped, or still somebody's: nobody may take it for theirs.
                     server.unnamed = Some(UNNAMED_UNKNOWN);
                 }
-                if misnamed {
+                let changed = misnamed && names_a_changed_statement(body);
+                let code = if changed { *b"0A000" } else { code };
+                if changed {
+                    self.misnamed = body.to_vec();
+                } else if misnamed {
                     // Duplicate, or unknown: the books are wrong. Other errors only speak of it.
                     server.unfit |= matches!(&code, b"42P05" | b"26000");
                     self.misnamed = body.to_vec();
@@ -505,10 +544,29 @@ impl Exchange {
                     extended: self.extended,
                 };
             }
-            b'2' | b't' | b'T' | b'n' | b'N' => decisive = false,
+            b't' => decisive = false,
+            b'T' | b'n' => {
+                decisive = false;
+                if answer.is_some() {
+                    self.expected.pop_front();
+                }
+                if let Some(Expected::Described(id, stamp) | Expected::OursDescribed(id, stamp)) =
+                    answer
+                {
+                    let shape = if header.tag == b'T' {
+                        Shape::of_row_description(body)
+                    } else {
+                        Shape::NONE
+                    };
+                    server.statements.learn_shape(id, stamp, shape);
+                }
+            }
+            b'2' | b'N' => decisive = false,
             _ => {}
         }
-        if swallow {
+        if cut_out {
+            server.stream.input.cut_out(scanned, header.whole);
+        } else if swallow {
             server.stream.input.consume(header.whole);
         } else if self.hold && !decisive {
             self.held += header.whole;
@@ -571,7 +629,10 @@ impl Exchange {
         if client.at_eof {
             return self.poll_gone(cx, client, server);
         }
-        if self.phase == Phase::Closed && self.upload == 0 && client.input.len() >= READ_AHEAD_MAX {
+        if matches!(self.phase, Phase::Closed | Phase::Settling)
+            && self.upload == 0
+            && client.input.len() >= READ_AHEAD_MAX
+        {
             return Poll::Pending;
         }
         let whole = match self.phase {
@@ -593,6 +654,9 @@ impl Exchange {
         client: &mut Stream,
         server: &ServerConn,
     ) -> Poll<Result<Option<Pause>, RelayError>> {
+        if self.phase == Phase::Settling && !client.input.is_empty() {
+            return Poll::Pending; // what is left of its request is here; the server's answer wakes us
+        }
         if self.upload > 0 || self.phase != Phase::Closed {
             return Poll::Ready(Err(gone("closed the connection inside a request")));
         }
@@ -648,6 +712,10 @@ fn names_a_statement(body: &[u8]) -> bool {
     memchr::memmem::find(body, STATEMENT_PREFIX.as_bytes()).is_some()
 }
 
+pub(crate) fn names_a_changed_statement(body: &[u8]) -> bool {
+    memchr::memmem::find(body, STATEMENT_CHANGED.as_bytes()).is_some()
+}
+
 fn gone(why: &'static str) -> RelayError {
     RelayError::ClientGone(io::Error::new(io::ErrorKind::UnexpectedEof, why))
 }
@@ -661,7 +729,12 @@ fn confirm(server: &mut ServerConn, answer: Expected) {
             server.unnamed = Some(owner)
         }
         Expected::Closed(Some(id)) | Expected::OursClosed(Some(id)) => server.statements.remove(id),
-        Expected::Closed(None) | Expected::OursOther | Expected::OursClosed(None) => {}
+        Expected::Closed(None)
+        | Expected::OursOther
+        | Expected::OursClosed(None)
+        | Expected::Described(..)
+        | Expected::OursDescribed(..)
+        | Expected::ParametersOnly => {}
     }
 }
 

@@ -352,6 +352,7 @@ fn inner(s: Words<'_>, at: usize) -> Option<Effect> {
                 | "pg_copy_logical_replication_slot"
                 | "pg_copy_physical_replication_slot"
                 | "pg_replication_origin_session_setup" => Some(Effect::Unfollowed),
+                "pg_notify" => Some(Effect::Notify),
                 "pg_listening_channels" => Some(Effect::ListeningChannels),
                 "pg_advisory_unlock_all" => Some(Effect::AdvisoryUnlockAll),
                 "set_config" if sets_locally(s, at + 2) => Some(Effect::SetLocal),

@@ -203,6 +203,7 @@ impl Classifier {
                 "temp",
                 "database",
                 "listening_channels",
+                "pg_notify",
                 "currval",
                 "lastval",
                 "setseed",

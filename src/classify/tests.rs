@@ -588,6 +588,8 @@ fn what_ties_a_session_to_its_server_is_seen() {
     effects("unlisten *; listen A;;", "2 UnlistenAll | Listen(a)");
     effects("listen U&\"x\"", "1 Unfollowed");
     effects("notify a, 'b'", "1 Notify");
+    effects("select pg_catalog.pg_notify($1, $2)", "1 Notify");
+    effects("select 'pg_notify', pg_notify from t", "1");
     effects("discard all", "1 DiscardAll");
     effects("discard temp", "1 DiscardOther");
     effects("prepare Q (int) as select $1", "1 Prepare(q)");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::prepared::{Prepared, StatementRegistry, Translated};
+use super::prepared::{Asking, Prepared, StatementRegistry, Translated};
 use super::request::{BatchEnd, Grouping, Unit, frames};
 use super::state::{Ending, PinReason, State};
 use super::survey::Survey;
@@ -123,6 +123,7 @@ pub(crate) fn translate(data: &[u8]) {
                 batch,
                 &survey.parsed,
                 whole,
+                Asking::No,
                 &mut server,
                 &mut expected,
                 &registry,
@@ -132,7 +133,10 @@ pub(crate) fn translate(data: &[u8]) {
                 held_together(batch, &out, translated);
             }
             let own = expected.iter().filter(|answer| is_clients(answer)).count();
-            prepared.settle(own.saturating_sub(usize::from(turn >> 6)));
+            prepared.settle(
+                own.saturating_sub(usize::from(turn >> 6)),
+                Some(&server.statements),
+            );
             for answer in expected {
                 if let Expected::OursParsed(id, stamp) | Expected::Parsed(id, stamp) = answer {
                     server.learn_statement(id, stamp);
@@ -159,15 +163,17 @@ fn held_together(batch: &[u8], out: &[u8], translated: Translated) {
     let total: usize = frames(out).map(|(header, _)| header.whole).sum();
     assert_eq!(total, out.len(), "frames overlap or are cut");
     match translated {
+        Translated::Asked { .. } => panic!("asked unbidden"),
         // What was put ahead has its own answers; the batch itself is passed by reference.
         Translated::AsItIs => {
             assert!(frames(out).all(|(header, _)| matches!(header.tag, b'C' | b'P')));
         }
         Translated::Rewritten => {
-            for tag in *b"BEDHS" {
+            for tag in *b"BEHS" {
                 assert_eq!(count(batch, tag), count(out, tag), "{}", char::from(tag));
             }
             assert!(count(out, b'C') >= count(batch, b'C'));
+            assert!(count(out, b'D') >= count(batch, b'D'));
             assert!(count(out, b'P') >= count(batch, b'P'));
         }
     }

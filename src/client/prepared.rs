@@ -10,10 +10,15 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::classify::Analysis;
 use crate::client::request::frames;
-use crate::relay::Expected;
-use crate::server::conn::{STATEMENT_PREFIX, ServerConn, StatementId, UnnamedOwner};
+use crate::relay::{Expected, names_a_changed_statement};
+use crate::server::conn::{
+    STATEMENT_CHANGED, STATEMENT_PREFIX, ServerConn, Shape, StatementId, Statements, UnnamedOwner,
+};
+use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{HEADER, Header};
-use crate::wire::messages::{Bind, Parse, Target, put_cstr, put_parse, put_statement_target};
+use crate::wire::messages::{
+    Bind, Parse, Target, put_cstr, put_empty, put_parse, put_statement_target,
+};
 
 /// A text some client has prepared.
 pub(super) struct Statement {
@@ -23,6 +28,8 @@ pub(super) struct Statement {
     /// Parameter types as sent in the Parse.
     types: Box<[u8]>,
     analysis: Arc<Analysis>,
+    /// Postgres plans it, and so refuses to run it once its rows would look different.
+    planned: bool,
     /// Some server has parsed it.
     proven: AtomicBool,
 }
@@ -32,6 +39,8 @@ struct Named {
     statement: Arc<Statement>,
     /// The stamp of its Parse. A server that parsed the text before that may have planned it for a table that has changed.
     parsed: u64,
+    /// What its rows looked like then; `None` until a server has said so.
+    shape: Option<Shape>,
 }
 
 /// Statements by text, across clients; forgets those no client has any more.
@@ -96,6 +105,7 @@ impl StatementRegistry {
             text: parse.text.into(),
             types: parse.types.into(),
             analysis: Arc::clone(analysis),
+            planned: is_planned(parse.text),
             proven: AtomicBool::new(false),
         });
         alike.push(Arc::downgrade(&statement));
@@ -141,6 +151,32 @@ pub(super) enum Translated {
     AsItIs,
     /// The whole batch is in the server's output; of a huge last message, the part that was there.
     Rewritten,
+    /// What comes before the message at `at`, `parses` Parse messages among it, is in the server's output, and a question on
+    /// the statement which that message names: whether the client may still use it. All else waits for the answers.
+    Asked {
+        at: usize,
+        parses: usize,
+    },
+}
+
+/// Which messages of a batch may make it wait for an answer of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asking {
+    Any,
+    /// The first one has been asked for.
+    AfterFirst,
+    /// The server answers no more: an error came first.
+    No,
+}
+
+/// What is to be made of a message that names a statement.
+enum Brought {
+    /// The server has it, or will have.
+    Here,
+    /// The server was asked what its rows look like there.
+    Asked,
+    /// They look different from what the client was promised.
+    Changed,
 }
 
 impl Prepared {
@@ -185,13 +221,16 @@ impl Prepared {
         }
     }
 
-    /// How many of the last request's own Parse and Close messages succeeded: the rest did nothing.
-    pub(super) fn settle(&mut self, confirmed: usize) {
+    /// How many of the last request's own Parse and Close messages succeeded: the rest did nothing. `there`: what the server
+    /// has that it went to.
+    pub(super) fn settle(&mut self, confirmed: usize, there: Option<&Statements>) {
         for undo in self.undo.iter().take(confirmed) {
             if let Undo::Named(name, _) = undo
-                && let Some(named) = self.named.get(name)
+                && let Some(named) = self.named.get_mut(name)
             {
                 named.statement.proven.store(true, Ordering::Relaxed);
+                let shape = there.and_then(|there| there.shape(named.statement.id, named.parsed));
+                named.shape = named.shape.or(shape.flatten());
             }
         }
         while self.undo.len() > confirmed {
@@ -246,6 +285,7 @@ impl Prepared {
                             Named {
                                 statement,
                                 parsed: registry.stamp(),
+                                shape: None,
                             },
                         );
                     }
@@ -278,11 +318,13 @@ impl Prepared {
     /// Makes `batch` fit for `server`: statements it lacks are sent ahead (their answers to be swallowed), names become
     /// the server's. `analyses` are those of the batch's Parse messages, in order. `huge` is the full length of the last
     /// message if only its beginning is in `batch`.
+    #[expect(clippy::too_many_arguments, reason = "all that a batch meets, once")]
     pub(super) fn translate(
         &mut self,
         batch: &[u8],
         analyses: &[Arc<Analysis>],
         huge: Option<usize>,
+        asking: Asking,
         server: &mut ServerConn,
         expected: &mut std::collections::VecDeque<Expected>,
         registry: &StatementRegistry,
@@ -292,10 +334,12 @@ impl Prepared {
             expected.push_back(Expected::OursClosed(None));
         }
         let plain = huge.is_none() && self.passes_as_it_is(batch, server);
+        let of = analyses.len();
         let mut analyses = analyses.iter();
         let from = batch.len();
         let mut last_at = 0;
         for (header, frame) in frames(batch) {
+            let at = last_at;
             last_at += frame.len();
             let body = frame.get(HEADER..).unwrap_or_default();
             let whole = if last_at == from {
@@ -306,6 +350,12 @@ impl Prepared {
             let mut step = Step {
                 header: Header { whole, ..header },
                 frame,
+                after: batch.get(last_at..).unwrap_or_default(),
+                asks: match asking {
+                    Asking::Any => true,
+                    Asking::AfterFirst => at > 0,
+                    Asking::No => false,
+                },
                 plain,
                 server,
                 expected,
@@ -332,12 +382,20 @@ impl Prepared {
                     }
                 },
                 b'B' => match Bind::read(body) {
-                    Some(bind) => self.bind(&mut step, &bind),
+                    Some(bind) => {
+                        if let Brought::Asked = self.bind(&mut step, &bind) {
+                            let parses = of - analyses.len();
+                            return Translated::Asked { at, parses };
+                        }
+                    }
                     None => step.pass(),
                 },
                 b'D' | b'C' => match Target::read(body) {
                     Some(target) if target.kind == b'S' => {
-                        self.statement_target(&mut step, &target)
+                        if let Brought::Asked = self.statement_target(&mut step, &target) {
+                            let parses = of - analyses.len();
+                            return Translated::Asked { at, parses };
+                        }
                     }
                     Some(target) if header.tag == b'C' && target.kind == b'P' => {
                         self.undo.push(Undo::Nothing);
@@ -419,21 +477,40 @@ impl Prepared {
         let parsed = registry.stamp();
         step.expected
             .push_back(Expected::Parsed(statement.id, parsed));
-        let named = Named { statement, parsed };
+        if statement.planned {
+            if describes(step.after, parse.name) {
+                step.expected
+                    .push_back(Expected::Described(statement.id, parsed));
+            } else {
+                step.put_describe(&statement, parsed);
+            }
+        }
+        let shape = None;
+        let named = Named {
+            statement,
+            parsed,
+            shape,
+        };
         let before = self.named.insert(parse.name.into(), named);
         self.undo.push(Undo::Named(parse.name.into(), before));
     }
 
-    fn bind(&mut self, step: &mut Step<'_>, bind: &Bind<'_>) {
+    fn bind(&mut self, step: &mut Step<'_>, bind: &Bind<'_>) -> Brought {
         if bind.statement.is_empty() {
             self.bring_unnamed(step);
-            return step.pass();
+            step.pass();
+            return Brought::Here;
         }
-        let Some(named) = self.named.get(bind.statement) else {
-            return step.pass();
+        let Some(named) = self.named.get_mut(bind.statement) else {
+            step.pass();
+            return Brought::Here;
         };
-        step.bring(named);
-        let name = &named.statement.server_name;
+        let brought = step.bring(named);
+        let name = match brought {
+            Brought::Here => &named.statement.server_name,
+            Brought::Changed => STATEMENT_CHANGED.as_bytes(),
+            Brought::Asked => return brought,
+        };
         // The new name is longer or shorter than the old one; a huge message's length changes by the same.
         let whole = (step.header.whole + name.len()).saturating_sub(bind.statement.len());
         let here = HEADER + bind.portal.len() + name.len() + 2 + bind.rest.len();
@@ -444,9 +521,10 @@ impl Prepared {
         put_cstr(out, bind.portal);
         put_cstr(out, name);
         out.extend_from_slice(bind.rest);
+        brought
     }
 
-    fn statement_target(&mut self, step: &mut Step<'_>, target: &Target<'_>) {
+    fn statement_target(&mut self, step: &mut Step<'_>, target: &Target<'_>) -> Brought {
         if step.header.tag == b'C' {
             let before = if target.name.is_empty() {
                 self.forget_unnamed();
@@ -461,21 +539,31 @@ impl Prepared {
             // Others may still use the server's statement, so the server closes a name it does not have: no error, and
             // the answer comes in its turn.
             step.expected.push_back(Expected::Closed(None));
-            return step.pass();
+            step.pass();
+            return Brought::Here;
         }
         if target.name.is_empty() {
             self.bring_unnamed(step);
-            return step.pass();
+            step.pass();
+            return Brought::Here;
         }
-        let Some(named) = self.named.get(target.name) else {
-            return step.pass();
+        let Some(named) = self.named.get_mut(target.name) else {
+            step.pass();
+            return Brought::Here;
         };
-        step.bring(named);
-        put_statement_target(
-            &mut step.server.stream.output,
-            b'D',
-            &named.statement.server_name,
-        );
+        let brought = step.bring(named);
+        let out = &mut step.server.stream.output;
+        match brought {
+            Brought::Here => put_statement_target(out, b'D', &named.statement.server_name),
+            Brought::Changed => {
+                // Postgres describes the parameters before it looks at the rows.
+                put_statement_target(out, b'D', &named.statement.server_name);
+                step.expected.push_back(Expected::ParametersOnly);
+                put_statement_target(out, b'D', STATEMENT_CHANGED.as_bytes());
+            }
+            Brought::Asked => {}
+        }
+        brought
     }
 
     /// The client's name for the statement that servers call `server_name`.
@@ -488,6 +576,12 @@ impl Prepared {
 
     /// An error's body with the client's names in place of the servers'.
     pub(super) fn in_clients_words(&self, body: &[u8]) -> Vec<u8> {
+        if names_a_changed_statement(body) {
+            let words = "cached plan must not change result type";
+            let mut frame = Vec::new();
+            ErrorResponse::error("0A000", words).put(&mut frame);
+            return frame.split_off(HEADER);
+        }
         let mut out = Vec::with_capacity(body.len());
         let mut rest = body;
         while let Some(at) = memchr::memmem::find(rest, STATEMENT_PREFIX.as_bytes()) {
@@ -540,6 +634,10 @@ impl Prepared {
 struct Step<'a> {
     header: Header,
     frame: &'a [u8],
+    /// The messages behind it.
+    after: &'a [u8],
+    /// The batch may wait for an answer before it.
+    asks: bool,
     /// The batch passes as it is; only the books are kept.
     plain: bool,
     server: &'a mut ServerConn,
@@ -554,19 +652,47 @@ impl Step<'_> {
         }
     }
 
-    /// Sends a statement ahead if the server lacks it, or has it from before the client's own Parse.
-    fn bring(&mut self, named: &Named) {
+    /// Sends a statement ahead if the server lacks it, or has it from before the client's own Parse. One whose rows may look
+    /// different there than the client was promised, because a table has changed since or another session's `search_path` found
+    /// another one, is asked about: Postgres would refuse it, and it must not run before that is known.
+    fn bring(&mut self, named: &mut Named) -> Brought {
         let statement = &named.statement;
+        match (
+            self.server.statements.wanted(statement.id, named.parsed),
+            named.shape,
+        ) {
+            (Some(there), None) => {
+                named.shape = there;
+                return Brought::Here;
+            }
+            (Some(None), Some(_)) => return Brought::Here,
+            (Some(Some(there)), Some(promised)) if there == promised => return Brought::Here,
+            (Some(Some(_)), Some(_)) if !self.asks => return Brought::Changed,
+            (Some(Some(_)) | None, _) => {}
+        }
         let underway = |answer: &Expected| matches!(answer, Expected::Parsed(id, _) | Expected::OursParsed(id, _) if *id == statement.id);
-        if self.server.statements.knows(statement.id, named.parsed)
-            || self.expected.iter().any(underway)
-        {
-            return;
+        if self.expected.iter().any(underway) {
+            return Brought::Here;
         }
         self.put_parse(statement);
         let parsed = self.registry.stamp();
         self.expected
             .push_back(Expected::OursParsed(statement.id, parsed));
+        if statement.planned {
+            self.put_describe(statement, parsed);
+        }
+        if named.shape.is_some() && self.asks {
+            put_empty(&mut self.server.stream.output, b'H');
+            return Brought::Asked;
+        }
+        Brought::Here
+    }
+
+    fn put_describe(&mut self, statement: &Statement, parsed: u64) {
+        let out = &mut self.server.stream.output;
+        put_statement_target(out, b'D', &statement.server_name);
+        self.expected
+            .push_back(Expected::OursDescribed(statement.id, parsed));
     }
 
     /// A Parse under the server's name, whatever the server holds under it: closing what is not there is no error.
@@ -582,4 +708,43 @@ impl Step<'_> {
             &statement.types,
         );
     }
+}
+
+/// Whether the client describes the statement `name` next.
+fn describes(after: &[u8], name: &[u8]) -> bool {
+    let next = frames(after)
+        .next()
+        .filter(|(header, _)| header.tag == b'D');
+    next.and_then(|(_, frame)| Target::read(frame.get(HEADER..)?))
+        .is_some_and(|target| target.kind == b'S' && target.name == name)
+}
+
+/// Whether a text is one whose rows Postgres compares with those it promised. Others, a FETCH or a SHOW, look as they do when
+/// they run. A text that hides its first word is run unchecked.
+fn is_planned(text: &[u8]) -> bool {
+    let mut rest = text;
+    loop {
+        rest = rest.trim_ascii_start();
+        rest = if let Some(after) = rest.strip_prefix(b"(") {
+            after
+        } else if rest.starts_with(b"--") {
+            let end = memchr::memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+            rest.get(end..).unwrap_or_default()
+        } else if let Some(after) = rest.strip_prefix(b"/*") {
+            let end = memchr::memmem::find(after, b"*/").map_or(after.len(), |at| at + 2);
+            after.get(end..).unwrap_or_default()
+        } else {
+            break;
+        };
+    }
+    let end = rest
+        .iter()
+        .position(|byte| !byte.is_ascii_alphabetic())
+        .unwrap_or(rest.len());
+    let word = rest.get(..end).unwrap_or_default();
+    [
+        "select", "with", "values", "table", "insert", "update", "delete", "merge",
+    ]
+    .iter()
+    .any(|planned| word.eq_ignore_ascii_case(planned.as_bytes()))
 }

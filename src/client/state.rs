@@ -101,6 +101,8 @@ pub(crate) struct Consequences {
     pub(crate) discarded_all: bool,
     /// The transaction that just ended ran LISTEN or UNLISTEN.
     pub(crate) subscriptions: bool,
+    /// The transaction that was just committed notified somebody.
+    pub(crate) notified: bool,
 }
 
 /// The session's own state.
@@ -110,6 +112,8 @@ pub(crate) struct State {
     pub(crate) pins: Pins,
     /// Effects of the open transaction that count when it commits.
     uncommitted: Vec<Effect>,
+    /// A transaction that was committed AND CHAIN notified somebody, who hears of it when the chain ends.
+    notified: bool,
 }
 
 impl State {
@@ -124,12 +128,18 @@ impl State {
             start,
             pins,
             uncommitted: Vec::new(),
+            notified: false,
         }
     }
 
     /// Whether the transaction under way ran LISTEN or UNLISTEN.
     pub(crate) fn awaits_subscriptions(&self) -> bool {
         self.uncommitted.iter().any(is_subscription)
+    }
+
+    /// Whether the transaction under way notified somebody.
+    pub(crate) fn awaits_notifications(&self) -> bool {
+        self.notified || self.uncommitted.contains(&Effect::Notify)
     }
 
     /// The LISTENs and UNLISTENs of the transaction under way, in order.
@@ -196,8 +206,12 @@ impl State {
                         self.pins.insert(PinReason::Unfollowed);
                     }
                 }
+                Effect::Notify => {
+                    if !self.uncommitted.contains(&Effect::Notify) {
+                        self.uncommitted.push(Effect::Notify);
+                    }
+                }
                 Effect::SetLocal
-                | Effect::Notify
                 | Effect::DiscardOther
                 | Effect::Execute(_)
                 | Effect::Deallocate(_)
@@ -211,11 +225,14 @@ impl State {
             consequences.subscriptions = self.awaits_subscriptions();
             // A transaction that ends in an error is rolled back; so is one whose last word is ROLLBACK.
             let lost = ending.failed || ending.rolled_back && ending.before != TxStatus::Idle;
+            consequences.notified = std::mem::take(&mut self.notified);
             if !lost {
+                consequences.notified |= self.awaits_notifications();
                 self.commit(&mut consequences);
             }
         } else if ending.chained {
             self.commit(&mut consequences);
+            self.notified = self.awaits_notifications();
             self.uncommitted.clear();
         }
         consequences

@@ -670,6 +670,12 @@ impl Check {
             self.problem("http.cors", format!("`{origin}` is no origin; write \"*\" or \"https://app.example\", without a path"));
         }
         Http {
+            max_connections: self.count(
+                "http.max_connections",
+                raw.max_connections,
+                1_000,
+                1..=100_000,
+            ),
             jwt_secret: jwt_secret.map(Secret::new),
             jwks: self.file("http.jwks", raw.jwks),
             api_keys,

@@ -131,6 +131,7 @@ const ROWS: &[Row] = &[
     row!("events.direct_notify", Restart, plain, events.direct_notify),
     row!("events.queue", Restart, plain, events.queue),
     row!("events.probe", Restart, span, events.probe),
+    row!("http.max_connections", Restart, plain, http.max_connections),
     row!("http.jwt_secret", Restart, hidden, http.jwt_secret),
     row!("http.jwks", Restart, path, http.jwks),
     row!("http.api_keys", Restart, counted, http.api_keys),

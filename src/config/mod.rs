@@ -324,6 +324,8 @@ pub enum Wake {
 /// `[http]`: who may do what over HTTP.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Http {
+    /// Connections served at once; more are refused with 503.
+    pub max_connections: NonZeroUsize,
     pub jwt_secret: Option<Secret>,
     /// A file with the keys that verify JWTs.
     pub jwks: Option<PathBuf>,

@@ -163,6 +163,7 @@ pub(super) struct Events {
 #[derive(Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Http {
+    pub(super) max_connections: Option<i64>,
     pub(super) jwt_secret: Option<String>,
     pub(super) jwks: Option<String>,
     pub(super) api_keys: Option<Vec<ApiKey>>,

@@ -116,7 +116,7 @@ fn every_value_said_arrives() {
         poll = {{ park = false, probe_ms = 13 }}
         shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
         events = {{ wake = "notify", retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
-        http = {{ jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*", "http://localhost:3000"] }}
+        http = {{ max_connections = 21, jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*", "http://localhost:3000"] }}
         maintenance = {{ requeue = "off", prune_after = "20d" }}
         log = {{ filter = "warn,flowgate::pool=debug" }}
         "#
@@ -222,6 +222,7 @@ fn every_value_said_arrives() {
             probe: secs(19),
         },
         http: Http {
+            max_connections: NonZeroUsize::new(21).unwrap(),
             jwt_secret: Some(Secret::new("0123456789abcdef0123456789abcdef".into())),
             jwks: here,
             api_keys: vec![ApiKey {
@@ -582,6 +583,10 @@ fn tls_needs_certificate_and_key() {
 #[test]
 fn credentials_are_checked_and_never_printed() {
     check(
+        "[http]\nmax_connections = 0",
+        "http.max_connections: must be at least 1, not 0 (f.toml:2)",
+    );
+    check(
         "[http]\njwt_secret = \"hunter2\"",
         "http.jwt_secret: must have at least 32 bytes, not 7 (f.toml:2)",
     );
@@ -831,7 +836,7 @@ fn what_a_reload_does_not_change_stays_as_it_was() {
             poll = {{ park = false, probe_ms = 13 }}
             shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
             events = {{ retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
-            http = {{ jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
+            http = {{ max_connections = 9, jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
             maintenance = {{ requeue = "off", prune_after = "20d" }}
             "#
         );

@@ -170,6 +170,8 @@ pub(super) struct State {
     /// Readers with room for a page of what they are owed.
     hungry: VecDeque<Arc<Mailbox>>,
     outbox: Outbox,
+    /// They wait until whatever had been committed before they came has been handed out.
+    fences: Vec<Answer>,
     /// Nobody followed pgflow for a moment, so what happened then is nobody's.
     forget_cursor: bool,
     wake: bool,
@@ -183,7 +185,31 @@ struct Ordinary {
     members: Members,
     /// Upstream has acknowledged our LISTEN, and no UNLISTEN has been sent since.
     present: bool,
-    waiters: Vec<Answer>,
+    /// They become members when a LISTEN sent after they came is acknowledged: what upstream says before that was committed
+    /// before their own LISTEN, as far as anybody can tell, and is not theirs. (sql-listen.html)
+    joining: Vec<Joiner>,
+    /// Those whose LISTEN is under way.
+    asked: Vec<Joiner>,
+}
+
+struct Joiner {
+    stream: StreamId,
+    mailbox: Arc<Mailbox>,
+    answer: Answer,
+}
+
+impl Ordinary {
+    fn is_wanted(&self) -> bool {
+        !(self.members.is_empty() && self.joining.is_empty() && self.asked.is_empty())
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = &Joiner> {
+        self.joining.iter().chain(&self.asked)
+    }
+
+    fn drain_waiting(&mut self) -> impl Iterator<Item = Joiner> {
+        self.joining.drain(..).chain(self.asked.drain(..))
+    }
 }
 
 /// What a replay adds to.
@@ -209,6 +235,16 @@ pub(super) struct Work {
     pub(super) unlisten: Vec<String>,
     pub(super) outbox: OutboxWork,
     pub(super) hungry: Vec<Arc<Mailbox>>,
+    pub(super) fences: Vec<Fence>,
+}
+
+/// To be answered once upstream has said all it had to say.
+pub(super) struct Fence(Answer);
+
+impl Fence {
+    pub(super) fn passed(self) {
+        answer(self.0, Ok(()));
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -226,6 +262,7 @@ impl Work {
             && self.unlisten.is_empty()
             && self.outbox == OutboxWork::Nothing
             && self.hungry.is_empty()
+            && self.fences.is_empty()
     }
 }
 
@@ -244,20 +281,14 @@ impl State {
     }
 
     fn is_idle(&self) -> bool {
-        !self.follows_pgflow()
-            && self
-                .ordinary
-                .values()
-                .all(|channel| channel.members.is_empty())
+        !self.follows_pgflow() && !self.ordinary.values().any(Ordinary::is_wanted)
     }
 
-    /// In force as soon as this returns, for pgflow while the outbox is being read: whatever is committed later is in no
-    /// snapshot taken so far.
+    /// Of pgflow's channels. In force as soon as this returns, while the outbox is being read: whatever is committed later is
+    /// in no snapshot taken so far.
     fn join(&mut self, stream: StreamId, mailbox: &Arc<Mailbox>, target: &Target) {
         let members = match target {
-            Target::Ordinary(channel) => {
-                &mut self.ordinary.entry(channel.clone()).or_default().members
-            }
+            Target::Ordinary(_) => return,
             Target::Run { topic, .. } => self.runs.entry(topic.clone()).or_default(),
             Target::Flow(slug) => self.flows.entry(slug.clone()).or_default(),
             Target::All => &mut self.all,
@@ -273,7 +304,10 @@ impl State {
             Target::Ordinary(channel) => {
                 if let Some(ordinary) = self.ordinary.get_mut(channel) {
                     ordinary.members.remove(&stream);
-                    if ordinary.members.is_empty() {
+                    let others = |joiner: &Joiner| joiner.stream != stream;
+                    ordinary.joining.retain(others);
+                    ordinary.asked.retain(others);
+                    if !ordinary.is_wanted() {
                         self.dirty.insert(channel.clone());
                     }
                 }
@@ -324,18 +358,22 @@ impl State {
             let Some(ordinary) = self.ordinary.get_mut(&channel) else {
                 continue;
             };
-            match (ordinary.members.is_empty(), ordinary.present) {
-                (false, false) => work.listen.push(channel),
+            match (ordinary.is_wanted(), ordinary.present) {
+                (true, true) if ordinary.joining.is_empty() => {}
+                // To one that is listened to already, a LISTEN does nothing; its answer tells before from after.
+                (true, true | false) => {
+                    ordinary.asked.append(&mut ordinary.joining);
+                    work.listen.push(channel);
+                }
                 // From here on it counts as gone: whoever joins now gets a LISTEN of its own, sent after the UNLISTEN.
-                (true, true) => {
+                (false, true) => {
                     ordinary.present = false;
                     self.ordinary.remove(&channel);
                     work.unlisten.push(channel);
                 }
-                (true, false) => {
+                (false, false) => {
                     self.ordinary.remove(&channel);
                 }
-                (false, true) => {}
             }
         }
         work.outbox = match (self.outbox, self.follows_pgflow()) {
@@ -351,6 +389,7 @@ impl State {
         if self.outbox == Outbox::On {
             work.hungry = self.hungry.drain(..).collect();
         }
+        work.fences = self.fences.drain(..).map(Fence).collect();
         work
     }
 
@@ -370,10 +409,11 @@ impl State {
                 continue;
             };
             ordinary.present = true;
-            for waiter in ordinary.waiters.drain(..) {
-                answer(waiter, Ok(()));
+            for joiner in ordinary.asked.drain(..) {
+                ordinary.members.insert(joiner.stream, joiner.mailbox);
+                answer(joiner.answer, Ok(()));
             }
-            if ordinary.members.is_empty() {
+            if !ordinary.is_wanted() {
                 self.dirty.insert(channel.clone());
             }
         }
@@ -421,11 +461,15 @@ impl State {
             inbox.make_ordinary(stream, &channel);
             drop(inbox);
             let ordinary = self.ordinary.entry(channel.clone()).or_default();
-            ordinary.members.insert(stream, mailbox);
-            match (waiters.remove(&stream), ordinary.present) {
-                (Some(waiter), true) => answer(waiter, Ok(())),
-                (Some(waiter), false) => ordinary.waiters.push(waiter),
-                (None, _) => {}
+            match waiters.remove(&stream) {
+                Some(answer) => ordinary.joining.push(Joiner {
+                    stream,
+                    mailbox,
+                    answer,
+                }),
+                None => {
+                    ordinary.members.insert(stream, mailbox);
+                }
             }
             self.dirty.insert(channel);
         }
@@ -440,6 +484,7 @@ impl State {
             if std::mem::take(&mut ordinary.present) {
                 bereft.extend(ordinary.members.values().cloned());
             }
+            ordinary.joining.append(&mut ordinary.asked);
             self.dirty.insert(channel.clone());
         }
         bereft
@@ -473,10 +518,12 @@ impl State {
         let ordinary = self
             .ordinary
             .values_mut()
-            .flat_map(|channel| channel.waiters.drain(..));
+            .flat_map(|channel| channel.drain_waiting())
+            .map(|joiner| joiner.answer);
+        let fences = self.fences.drain(..);
         let outbox = self.outbox_waiters.drain(..).map(|(_, waiter)| waiter);
         let pages = self.page_waiters.drain().map(|(_, (waiter, _))| waiter);
-        for waiter in ordinary.chain(outbox).chain(pages) {
+        for waiter in ordinary.chain(fences).chain(outbox).chain(pages) {
             answer(waiter, Err(error.clone()));
         }
     }
@@ -636,10 +683,12 @@ impl Hub {
             (Target::Ordinary(channel), _) => {
                 state.dirty.insert(channel.clone());
                 let ordinary = state.ordinary.entry(channel.clone()).or_default();
-                if !ordinary.present {
-                    ordinary.waiters.push(sender);
-                }
-                ordinary.present
+                ordinary.joining.push(Joiner {
+                    stream,
+                    mailbox: Arc::clone(mailbox),
+                    answer: sender,
+                });
+                false
             }
             (Target::Run { .. }, Some(_)) => {
                 state.page_waiters.insert(stream, (sender, listened));
@@ -680,6 +729,15 @@ impl Hub {
         Ok(())
     }
 
+    fn fence(&self, answer: Answer) {
+        let mut state = lock(&self.state);
+        // While there is no connection nobody takes them out; then no more are kept than sessions wait.
+        state.fences.retain(|fence| !fence.is_closed());
+        state.fences.push(answer);
+        drop(state);
+        self.kick.notify_one();
+    }
+
     fn unsubscribe(&self, mailbox: &Mailbox, stream: StreamId) {
         let mut state = lock(&self.state);
         let target = mailbox.lock().remove(stream);
@@ -696,12 +754,10 @@ impl Hub {
         let everybody: Vec<Arc<Mailbox>> = state
             .pgflow_members()
             .map(|(_, mailbox)| mailbox)
-            .chain(
-                state
-                    .ordinary
-                    .values()
-                    .flat_map(|channel| channel.members.values()),
-            )
+            .chain(state.ordinary.values().flat_map(|channel| {
+                let waiting = channel.waiting().map(|joiner| &joiner.mailbox);
+                channel.members.values().chain(waiting)
+            }))
             .cloned()
             .collect();
         state.fail_waiters(&EventsError::Stopping);
@@ -898,6 +954,23 @@ impl Subscriber {
                 Ok(())
             }
         }
+    }
+
+    /// Returns when whatever had been committed before is in the inbox, for ordinary channels; `false`: not in time.
+    pub(crate) async fn catch_up(&self, wait: Duration) -> bool {
+        let (sender, passed) = oneshot::channel();
+        self.hub.fence(sender);
+        let passed = tokio::time::timeout(wait, passed).await;
+        let in_time = matches!(passed, Ok(Ok(Ok(()))));
+        if !in_time {
+            self.hub.common.metrics.own_late.inc();
+        }
+        in_time
+    }
+
+    /// Whether it listens to a channel of Postgres' own kind.
+    pub(crate) fn hears_ordinary(&self) -> bool {
+        self.mailbox.lock().hears_ordinary()
     }
 
     pub(crate) fn unlisten(&self, channel: &str) {

@@ -50,6 +50,8 @@ pub(crate) struct EventMetrics {
     pub(crate) outbox_rows: Arc<Counter>,
     pub(crate) replay_reads: Arc<Counter>,
     pub(crate) reconnects: Arc<Counter>,
+    /// Answers to requests that notified did not wait any longer for what they sent.
+    pub(crate) own_late: Arc<Counter>,
 }
 
 impl EventMetrics {
@@ -93,6 +95,10 @@ impl EventMetrics {
             reconnects: counter(
                 "flowgate_event_listener_lost_total",
                 "Upstream listener connections lost.",
+            ),
+            own_late: counter(
+                "flowgate_event_own_late_total",
+                "Requests that notified their own session and were answered before the notification came.",
             ),
         }
     }

@@ -231,6 +231,11 @@ impl Inbox {
         channels
     }
 
+    pub(super) fn hears_ordinary(&self) -> bool {
+        let mut streams = self.streams.values();
+        streams.any(|stream| matches!(stream.target, Target::Ordinary(_)))
+    }
+
     pub(super) fn new(bounds: Bounds) -> Self {
         Self {
             bounds,

@@ -34,7 +34,7 @@ use crate::pgflow::events::{WAKE_CHANNEL, envelope};
 use crate::server::control::{ControlConnection, DialError, dial, words};
 
 use super::EventsError;
-use super::hub::{Hub, Mailbox, OutboxWork, Work};
+use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
 use super::rhythm::{Rhythm, Turn};
 use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page};
 
@@ -261,6 +261,12 @@ impl<'a> Session<'a> {
                     *self.cursor = None;
                     self.unregister().await?;
                 }
+            }
+            if !work.fences.is_empty() {
+                // Postgres tells an idle session what was committed before it takes its next command, and what came meanwhile
+                // before it says that it is ready: the answer is behind all of it.
+                self.execute("").await?;
+                work.fences.into_iter().for_each(Fence::passed);
             }
             for mailbox in &work.hungry {
                 self.feed(mailbox).await?;

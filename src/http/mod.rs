@@ -1,6 +1,8 @@
 //! The HTTP plane: whether we live, whether we can serve, and our numbers. Never touches a client's or server's socket of
 //! the data plane. Started by `app.rs` with the socket it bound.
 
+mod seats;
+
 use std::io;
 use std::sync::Arc;
 
@@ -13,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::metrics::Registry;
+use seats::Seats;
 
 /// What the routes read; handles, cheap to clone.
 #[derive(Clone)]
@@ -30,12 +33,15 @@ pub enum Readiness {
 }
 
 /// Serves until `shutdown` resolves, then lets requests under way end. How long that may take is the caller's to bound.
+/// No more than `connections_max` connections are served at once.
 pub async fn serve(
     listener: TcpListener,
+    connections_max: usize,
     state: HttpState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    axum::serve(listener, router(state))
+    let seats = Seats::new(listener, connections_max, &state.registry);
+    axum::serve(seats, router(state))
         .with_graceful_shutdown(shutdown)
         .await
 }
@@ -101,6 +107,10 @@ mod tests {
     }
 
     async fn start(readiness: Readiness) -> Server {
+        start_with(readiness, 100).await
+    }
+
+    async fn start_with(readiness: Readiness, connections_max: usize) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let registry = Arc::new(Registry::new());
@@ -116,7 +126,7 @@ mod tests {
             registry,
             ready,
             stop,
-            task: tokio::spawn(serve(listener, state, shutdown)),
+            task: tokio::spawn(serve(listener, connections_max, state, shutdown)),
         }
     }
 
@@ -186,6 +196,41 @@ mod tests {
         assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
         let answer = ask(server.addr, "POST /metrics").await;
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn beyond_the_limit_a_connection_is_refused_in_words_until_one_ends() {
+        let server = start_with(Readiness::Ready, 1).await;
+        let mut first = TcpStream::connect(server.addr).await.unwrap();
+        first
+            .write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            .await
+            .unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"ok\n") {
+            let read = timeout(DEADLINE, first.read_buf(&mut answer)).await;
+            assert_ne!(read.unwrap().unwrap(), 0);
+        }
+        let refused = ask(server.addr, "GET /healthz").await;
+        assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+        assert!(
+            refused.ends_with("\r\n\r\ntoo many connections: http.max_connections is 1\n"),
+            "{refused}"
+        );
+        let rendered = server.registry.render();
+        for line in [
+            "flowgate_http_connections 1",
+            "flowgate_http_connections_refused_total 1",
+        ] {
+            assert!(rendered.lines().any(|shown| shown == line), "{rendered}");
+        }
+        drop(first);
+        let freed = async {
+            while !ask(server.addr, "GET /healthz").await.ends_with("ok\n") {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, freed).await.expect("a free seat");
     }
 
     #[tokio::test]

@@ -1,11 +1,13 @@
 //! One open connection to Postgres and what is known of its session. Moves no messages; `relay` and `pool/reset.rs` do.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use memchr::memchr;
 use tokio::time::Instant;
 
 use super::parameters::{Opening, Reported};
@@ -23,6 +25,9 @@ pub(crate) struct StatementId {
 
 /// What names of prepared statements on servers begin with.
 pub(crate) const STATEMENT_PREFIX: &str = "flowgate_";
+/// A statement that no server has: a message that names it fails there, in its turn, and ends what an error ends. The client
+/// is told what the rest of the name says, which is all that Postgres' log has of it.
+pub(crate) const STATEMENT_CHANGED: &str = "flowgate_: cached plan must not change result type";
 
 impl StatementId {
     pub(crate) fn server_name(self) -> Vec<u8> {
@@ -167,20 +172,68 @@ struct Known {
     wanted: u64,
     /// The stamp of its Parse: later Parses have larger ones, on whatever server.
     parsed: u64,
+    /// What its rows looked like when it was parsed.
+    shape: Option<Shape>,
+}
+
+/// What a statement's rows look like: their columns' names and types, as a number that is the same on every server of a
+/// database. Equal numbers for different rows would only make a check pass that need not have been made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape(u64);
+
+impl Shape {
+    /// No rows at all.
+    pub(crate) const NONE: Self = Self(0);
+
+    /// Of a RowDescription's body. Which table a column is from may change, as in Postgres.
+    /// (protocol-message-formats.html, "RowDescription")
+    pub(crate) fn of_row_description(body: &[u8]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        let (count, mut rest) = body.split_at(body.len().min(2));
+        hasher.write(count);
+        while let Some(end) = memchr(0, rest) {
+            let (name, after) = rest.split_at(end + 1);
+            // Behind the name: table and column, 6 bytes; type, length and modifier, 10; format, 2.
+            let Some((origin_type_format, after)) = after.split_at_checked(18) else {
+                break;
+            };
+            hasher.write(name);
+            hasher.write(origin_type_format.get(6..16).unwrap_or_default());
+            rest = after;
+        }
+        Self(hasher.finish() | 1)
+    }
 }
 
 /// Statements kept a server; Postgres pays some 10–100 kB of memory for each.
 const STATEMENTS_MAX: usize = 500;
 
 impl Statements {
-    /// Whether the server has `id`, parsed at `since` or later.
-    pub(crate) fn knows(&mut self, id: StatementId, since: u64) -> bool {
+    /// Whether the server has `id`, parsed at `since` or later; and, if it was asked, what its rows looked like then.
+    pub(crate) fn wanted(&mut self, id: StatementId, since: u64) -> Option<Option<Shape>> {
         self.wants += 1;
         let known = self
             .known
             .get_mut(&id)
-            .filter(|known| known.parsed >= since);
-        known.map(|known| known.wanted = self.wants).is_some()
+            .filter(|known| known.parsed >= since)?;
+        known.wanted = self.wants;
+        Some(known.shape)
+    }
+
+    /// What the rows of `id` look like as the server parsed it at `since` or later; `None` if it has not, the inner one if
+    /// it was not asked.
+    pub(crate) fn shape(&self, id: StatementId, since: u64) -> Option<Option<Shape>> {
+        let known = self.known.get(&id).filter(|known| known.parsed >= since);
+        known.map(|known| known.shape)
+    }
+
+    /// The server has described `id` as it parsed it at `parsed`.
+    pub(crate) fn learn_shape(&mut self, id: StatementId, parsed: u64, shape: Shape) {
+        if let Some(known) = self.known.get_mut(&id)
+            && known.parsed == parsed
+        {
+            known.shape = Some(shape);
+        }
     }
 
     /// Notes that the server has `id`; returns a statement to be closed if that is one too many.
@@ -191,6 +244,7 @@ impl Statements {
             Known {
                 wanted: self.wants,
                 parsed,
+                shape: None,
             },
         );
         if self.known.len() <= STATEMENTS_MAX {
@@ -233,9 +287,47 @@ mod tests {
         for number in 0..STATEMENTS_MAX as u64 {
             assert_eq!(statements.insert(id(number), 1), None);
         }
-        assert!(statements.knows(id(0), 1));
+        assert_eq!(statements.wanted(id(0), 1), Some(None));
         assert_eq!(statements.insert(id(9_999), 1), Some(id(1)));
-        assert!(!statements.knows(id(1), 1));
-        assert!(!statements.knows(id(0), 2), "parsed before that");
+        assert_eq!(statements.wanted(id(1), 1), None);
+        assert_eq!(statements.wanted(id(0), 2), None, "parsed before that");
+    }
+
+    #[test]
+    fn a_shape_is_of_the_parse_that_was_described() {
+        let mut statements = Statements::default();
+        statements.insert(id(1), 5);
+        statements.learn_shape(id(1), 4, Shape::NONE);
+        assert_eq!(statements.shape(id(1), 5), Some(None));
+        statements.learn_shape(id(1), 5, Shape::NONE);
+        assert_eq!(statements.shape(id(1), 5), Some(Some(Shape::NONE)));
+        assert_eq!(statements.shape(id(1), 6), None);
+        statements.insert(id(1), 6);
+        assert_eq!(statements.shape(id(1), 6), Some(None), "parsed anew");
+    }
+
+    #[test]
+    fn rows_differ_by_names_and_types_and_not_by_where_they_come_from() {
+        let column = |name: &str, table: u32, kind: u32| {
+            let mut bytes = [name.as_bytes(), b"\0", &table.to_be_bytes(), &[0, 1]].concat();
+            bytes.extend_from_slice(&kind.to_be_bytes());
+            bytes.extend_from_slice(&[0, 4, 255, 255, 255, 255, 0, 0]);
+            bytes
+        };
+        let rows = |columns: &[Vec<u8>]| {
+            let count = u16::try_from(columns.len()).unwrap().to_be_bytes();
+            Shape::of_row_description(&[count.to_vec(), columns.concat()].concat())
+        };
+        let one = rows(&[column("a", 7, 23)]);
+        assert_eq!(one, rows(&[column("a", 8, 23)]));
+        for other in [
+            rows(&[column("b", 7, 23)]),
+            rows(&[column("a", 7, 25)]),
+            rows(&[column("a", 7, 23), column("a", 7, 23)]),
+            rows(&[]),
+            Shape::NONE,
+        ] {
+            assert_ne!(one, other);
+        }
     }
 }

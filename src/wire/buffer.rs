@@ -57,6 +57,15 @@ impl ReadBuffer {
         }
     }
 
+    /// Drops `count` bytes that stand after the first `at`, which move up to what follows.
+    pub(crate) fn cut_out(&mut self, at: usize, count: usize) {
+        if at + count <= self.len() {
+            self.data
+                .copy_within(self.start..self.start + at, self.start + count);
+            self.consume(count);
+        }
+    }
+
     /// Room to read into, at least one byte, and enough that a frame of `whole` bytes fits from the current start.
     pub(crate) fn room(&mut self, whole: usize) -> &mut [u8] {
         let wanted = whole.max(self.len() + 1);
@@ -152,6 +161,22 @@ fn borrow_chunk(wanted: usize) -> Box<[u8]> {
 #[expect(clippy::indexing_slicing, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_cut_out_is_gone_and_the_rest_stays_in_order() {
+        let mut buffer = ReadBuffer::default();
+        let bytes = b"gone-kept-cut-rest";
+        buffer.room(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+        buffer.advance(bytes.len());
+        buffer.consume(5);
+        buffer.cut_out(5, 4);
+        assert_eq!(buffer.bytes(), b"kept-rest");
+        buffer.cut_out(5, 5);
+        assert_eq!(buffer.bytes(), b"kept-rest", "more than there is");
+        buffer.cut_out(5, 4);
+        buffer.cut_out(0, 5);
+        assert!(buffer.is_empty());
+    }
 
     #[test]
     fn bytes_survive_growth_and_compaction() {

@@ -5,7 +5,9 @@ use std::time::Duration;
 use crate::events::{define_flow, finish_run};
 use crate::support::pg::{TestDb, fresh_database, replica_catches_up};
 use crate::support::proxy::{PATIENCE, Proxy, text};
-use crate::support::raw::{extended, first_columns};
+use crate::support::raw::{
+    bind_text, close_statement, describe_portal, execute, extended, first_columns, parse, sync,
+};
 use crate::support::wait::wait_until;
 
 #[tokio::test]
@@ -45,6 +47,58 @@ async fn a_runs_state_is_read_from_the_replica_when_it_is_fresh() {
     wait_until("a prepared read", PATIENCE, async || {
         let before = proxy.requests("replica");
         client.query_one(&statement, &[&run]).await.unwrap();
+        proxy.requests("replica") > before
+    })
+    .await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_prepared_read_of_a_table_that_has_changed_is_refused_on_the_replica_too() {
+    let db = fresh_database().await;
+    let proxy = ready(&db).await;
+    let mut client = proxy.raw().await;
+    let prepare = [parse("r", "select * from pgflow.runs"), sync()].concat();
+    let read = [
+        bind_text("", "r", &[]),
+        describe_portal(""),
+        execute("", 0),
+        sync(),
+    ]
+    .concat();
+    client.query("begin").await;
+    client.ask(&prepare).await;
+    client.query("commit").await;
+    let answer = client.ask(&read).await;
+    // It was prepared on the primary, and is brought to the replica.
+    wait_until("the replica answers", PATIENCE, async || {
+        let before = proxy.requests("replica");
+        assert_eq!(client.ask(&read).await, answer);
+        proxy.requests("replica") > before
+    })
+    .await;
+    assert_eq!(
+        proxy.metric("flowgate_reads_kept_total{why=\"refused\"}"),
+        0
+    );
+    db.connect()
+        .await
+        .batch_execute("alter table pgflow.runs add column extra int")
+        .await
+        .unwrap();
+    replica_catches_up().await;
+    let refused = "E ERROR|0A000|cached plan must not change result type\nZ I";
+    wait_until("the replica was asked", PATIENCE, async || {
+        assert_eq!(client.ask(&read).await, refused);
+        proxy.metric("flowgate_reads_kept_total{why=\"refused\"}") > 0
+    })
+    .await;
+    client.ask(&[close_statement("r"), prepare].concat()).await;
+    let answer = client.ask(&read).await;
+    assert!(answer.contains("extra"), "{answer}");
+    wait_until("the new one is read on the replica", PATIENCE, async || {
+        let before = proxy.requests("replica");
+        assert_eq!(client.ask(&read).await, answer);
         proxy.requests("replica") > before
     })
     .await;

@@ -7,7 +7,10 @@ use tokio::time::timeout;
 
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, sqlstate, text, try_text};
-use crate::support::raw::Raw;
+use crate::support::raw::{
+    Raw, bind_text, close_statement, describe_portal, describe_statement, execute, first_columns,
+    parse, query, sync,
+};
 use crate::support::wait::wait_until;
 
 /// What is set, and what shows it.
@@ -561,4 +564,195 @@ impl Chance {
     pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
+}
+
+async fn server_of(client: &mut Raw) -> String {
+    let frames = client.ask_frames(&query("select pg_backend_pid()")).await;
+    first_columns(&frames).concat()
+}
+
+/// Leaves of two servers only one, another than that of `pid`; the other one stays in a transaction of the client returned.
+async fn hold_server_of(pid: &str, proxy: &Proxy) -> Raw {
+    let (mut one, mut two) = (proxy.raw().await, proxy.raw().await);
+    one.query("begin").await;
+    two.query("begin").await;
+    let held = server_of(&mut one).await;
+    let (holder, mut other) = if held == pid { (one, two) } else { (two, one) };
+    other.query("commit").await;
+    holder
+}
+
+/// One run of statement `s`, as drivers do it.
+fn run(name: &str) -> Vec<u8> {
+    let messages = [
+        bind_text("", name, &[]),
+        describe_portal(""),
+        execute("", 0),
+        sync(),
+    ];
+    messages.concat()
+}
+
+#[tokio::test]
+async fn a_statement_whose_table_has_changed_is_refused_on_every_server_as_postgres_does() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 2).await;
+    let direct = db.connect().await;
+    let mut heard = Vec::new();
+    for through in [false, true] {
+        direct
+            .batch_execute(
+                "drop table if exists changing, log; create table changing (a int default 1); create table log (n int);
+                 insert into changing values (7)",
+            )
+            .await
+            .unwrap();
+        let mut client = if through {
+            proxy.raw().await
+        } else {
+            proxy.raw_direct().await
+        };
+        let texts = [
+            ("reads", "select * from changing"),
+            (
+                "writes",
+                "/* why */ insert into changing default values returning *",
+            ),
+            ("logs", "insert into log values (1)"),
+        ];
+        let mut lines = Vec::new();
+        for (name, text) in texts {
+            lines.push(client.ask(&[parse(name, text), sync()].concat()).await);
+        }
+        // Prepared again before the table changes, so that on one server there is another client's newer plan of it.
+        let described = [parse("too", texts[0].1), describe_statement("too"), sync()].concat();
+        lines.push(client.ask(&described).await);
+        lines.push(client.ask(&run("reads")).await);
+        let pid = server_of(&mut client).await;
+        direct
+            .batch_execute("alter table changing add b text default 'new'")
+            .await
+            .unwrap();
+        // First on a server that has never seen any of them, then on that where they were prepared.
+        let mut elsewhere = if through {
+            Some(hold_server_of(&pid, &proxy).await)
+        } else {
+            None
+        };
+        for round in 0..2 {
+            for name in ["reads", "writes", "too", "logs"] {
+                lines.push(client.ask(&run(name)).await);
+            }
+            lines.push(
+                client
+                    .ask(&[describe_statement("reads"), sync()].concat())
+                    .await,
+            );
+            // What came before it in the same request is undone, what comes after does not run.
+            let among = [
+                bind_text("", "logs", &[]),
+                execute("", 0),
+                bind_text("", "writes", &[]),
+                execute("", 0),
+                bind_text("", "logs", &[]),
+                execute("", 0),
+                sync(),
+            ];
+            lines.push(client.ask(&among.concat()).await);
+            for step in [
+                query("begin"),
+                run("logs"),
+                run("writes"),
+                run("logs"),
+                query("rollback"),
+            ] {
+                lines.push(client.ask(&step).await);
+            }
+            if let Some(holder) = &mut elsewhere {
+                let other = server_of(&mut client).await;
+                assert_eq!(other == pid, round == 1);
+                holder.query("commit").await;
+                let mut next = hold_server_of(&other, &proxy).await;
+                std::mem::swap(holder, &mut next);
+            }
+        }
+        lines.push(
+            client
+                .query("select (select count(*) from log), (select count(*) from changing)")
+                .await,
+        );
+        let anew = [
+            close_statement("writes"),
+            parse("writes", texts[1].1),
+            run("writes"),
+        ]
+        .concat();
+        lines.push(client.ask(&anew).await);
+        lines.push(client.ask(&run("writes")).await);
+        // Back to what it was: the old plan will do again.
+        direct
+            .batch_execute("alter table changing drop b")
+            .await
+            .unwrap();
+        lines.push(client.ask(&run("reads")).await);
+        lines.push(client.ask(&run("writes")).await);
+        heard.push(lines);
+    }
+    let refused = heard[0]
+        .iter()
+        .filter(|line| line.contains("cached plan must not"))
+        .count();
+    assert_eq!(refused, 13, "{:#?}", heard[0]);
+    assert_eq!(heard[0], heard[1]);
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn one_text_means_each_clients_own_table() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let direct = db.connect().await;
+    direct
+        .batch_execute(
+            "create schema one; create schema two; create table one.mine (a int); create table two.mine (b text);
+             insert into one.mine values (1); insert into two.mine values ('two')",
+        )
+        .await
+        .unwrap();
+    let mut clients = Vec::new();
+    for schema in ["one", "two"] {
+        let mut client = proxy.raw().await;
+        client.query(&format!("set search_path = {schema}")).await;
+        client
+            .ask(&[parse("mine", "select * from mine"), sync()].concat())
+            .await;
+        clients.push((schema, client));
+    }
+    for _ in 0..3 {
+        for (schema, client) in &mut clients {
+            let mut own = proxy.raw_direct().await;
+            own.query(&format!("set search_path = {schema}")).await;
+            own.ask(&[parse("mine", "select * from mine"), sync()].concat())
+                .await;
+            assert_eq!(client.ask(&run("mine")).await, own.ask(&run("mine")).await);
+        }
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_client_that_sends_no_more_still_hears_of_a_statement_brought_along() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 2).await;
+    let mut client = proxy.raw().await;
+    client
+        .ask(&[parse("s", "select 7 as n"), sync()].concat())
+        .await;
+    let pid = server_of(&mut client).await;
+    let _holder = hold_server_of(&pid, &proxy).await;
+    client.send(&run("s")).await;
+    client.half_close().await;
+    let frames = client.until_ready().await;
+    assert_eq!(first_columns(&frames), ["7"]);
+    proxy.shut_down().await;
 }

@@ -6,11 +6,22 @@ use std::io;
 use super::{PRIMARY, Session, Source, body_so_far, whole_length};
 use crate::classify::Analysis;
 use crate::client::error::SessionError;
-use crate::client::prepared::Translated;
+use crate::client::prepared::{Asking, Translated};
 use crate::client::reply;
 use crate::client::request::{BatchEnd, Unit};
 use crate::relay::{Expected, Phase};
 use crate::wire::messages::{put_empty, put_frame, query_text};
+
+/// What of a batch has not been handed to the server yet: the bytes from `at` to `len` of its source.
+#[derive(Clone, Copy)]
+pub(super) struct Remainder {
+    source: Source,
+    at: usize,
+    len: usize,
+    end: BatchEnd,
+    /// Of the survey's Parses: those before it.
+    parses: usize,
+}
 
 impl Session {
     /// What a batch amounts to; until the next one is looked at.
@@ -61,11 +72,39 @@ impl Session {
             self.transaction.touch(*run);
         }
         self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);
+        let whole = Remainder {
+            source,
+            at: 0,
+            len,
+            end,
+            parses: 0,
+        };
+        self.hand_over(whole, Asking::Any);
+    }
+
+    /// The rest of a batch, now that the server has said what it was asked about the first message of it.
+    fn put_remainder(&mut self, remainder: Remainder) {
+        let asking = if self.exchange.error.is_some() {
+            Asking::No
+        } else {
+            Asking::AfterFirst
+        };
+        self.hand_over(remainder, asking);
+    }
+
+    fn hand_over(&mut self, what: Remainder, asking: Asking) {
+        let Remainder {
+            source,
+            at,
+            len,
+            end,
+            parses,
+        } = what;
         let Some(lease) = self.lease.as_mut() else {
             return;
         };
         let bytes = source.bytes(&self.client, &self.kept);
-        let batch = bytes.get(..len).unwrap_or_default();
+        let batch = bytes.get(at..len).unwrap_or_default();
         let huge = if let BatchEnd::Huge { whole, .. } = end {
             Some(whole)
         } else {
@@ -74,8 +113,9 @@ impl Session {
         let answers = self.exchange.expected.len();
         let translated = self.prepared.translate(
             batch,
-            &self.survey.parsed,
+            self.survey.parsed.get(parses..).unwrap_or_default(),
             huge,
+            asking,
             lease,
             &mut self.exchange.expected,
             &self.shared.statements,
@@ -88,12 +128,42 @@ impl Session {
                     on_server += 1;
                 }
                 Expected::OursParsed(..) | Expected::OursParsedUnnamed(_) => on_server += 1,
-                Expected::Closed(_) | Expected::OursOther | Expected::OursClosed(_) => {}
+                Expected::Closed(_)
+                | Expected::OursOther
+                | Expected::OursClosed(_)
+                | Expected::Described(..)
+                | Expected::OursDescribed(..)
+                | Expected::ParametersOnly => {}
             }
         }
         self.tally
             .prepared(by_client, on_server, self.survey.bound.len());
         match (translated, source) {
+            (
+                Translated::Asked {
+                    at: done,
+                    parses: more,
+                },
+                _,
+            ) => {
+                let mut remainder = Remainder {
+                    at: at + done,
+                    parses: parses + more,
+                    ..what
+                };
+                if source == Source::Input {
+                    self.client.input.consume(done);
+                    remainder.at = at;
+                    remainder.len = len - done;
+                    if let BatchEnd::Huge { at, .. } = &mut remainder.end {
+                        *at -= done;
+                    }
+                }
+                self.request.remainder = Some(remainder);
+                self.exchange.phase = Phase::Settling;
+                lease.in_flight = true;
+                return;
+            }
             (Translated::AsItIs, Source::Input) => self.exchange.upload = len,
             (Translated::AsItIs, Source::Kept) => lease.stream.output.extend_from_slice(batch),
             (Translated::Rewritten, Source::Input) => {
@@ -113,6 +183,10 @@ impl Session {
 
     /// The next messages of an open request.
     pub(super) async fn put_more(&mut self) -> Result<(), SessionError> {
+        if let Some(remainder) = self.request.remainder.take() {
+            self.put_remainder(remainder);
+            return Ok(());
+        }
         match self.grouping.next_open(self.client.input.bytes())? {
             Unit::Batch { len, end } => {
                 self.take_survey(Source::Input, len, end);

@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use batches::Remainder;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -116,6 +117,8 @@ struct Request {
     lent: Vec<Vec<u8>>,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
+    /// What of its last batch waits for such answers.
+    remainder: Option<Remainder>,
     /// It was cancelled while it waited for a replica.
     cancelled: bool,
 }
@@ -404,7 +407,8 @@ impl Session {
         before: TxStatus,
         after: TxStatus,
     ) -> Result<(), SessionError> {
-        self.prepared.settle(self.exchange.confirmed);
+        let there = self.lease.as_ref().map(|lease| &lease.statements);
+        self.prepared.settle(self.exchange.confirmed, there);
         self.take_back_statements().await?;
         if self.exchange.parameters_changed
             && let Some(lease) = &self.lease
@@ -435,6 +439,9 @@ impl Session {
         self.mark_server(effects);
         if after == TxStatus::Idle {
             self.end_transaction(ending, consequences, now).await?;
+        }
+        if consequences.notified {
+            self.hear_own().await?;
         }
         if self.exchange.keep_ready {
             put_ready(&mut self.client.output, after);
@@ -511,6 +518,7 @@ impl Session {
         self.request.effects.clear();
         self.request.bound = 0;
         self.request.settled = false;
+        self.request.remainder = None;
     }
 
     /// The transaction under way writes to `run`, or to any.

@@ -114,12 +114,13 @@ impl Session {
                 }
                 Pause::Refused => {
                     // What was held back has been thrown away, its confirmations too.
-                    self.prepared.settle(confirmed);
+                    self.prepared.settle(confirmed, None);
                     self.leave_refusing_replica().await;
                     self.take_survey(Source::Kept, self.kept.len(), end);
                     return self.run_extended(Source::Kept, self.kept.len(), end).await;
                 }
                 Pause::Misnamed => return Err(SessionError::Relay(RelayError::ServerMalformed)),
+                Pause::ClientSpeaks if self.request.remainder.is_some() => self.put_more().await?,
                 // After an error the server ignores all up to the Sync; what has been bound can go nowhere else.
                 Pause::ClientSpeaks if self.exchange.error.is_some() || self.request.bound > 0 => {
                     self.put_more().await?;
@@ -162,7 +163,8 @@ impl Session {
 
     /// A request that began on a replica with nothing but Parse and Describe goes on elsewhere: nothing has run yet.
     async fn move_to_primary(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
-        self.prepared.settle(self.exchange.confirmed);
+        let there = self.lease.as_ref().map(|lease| &lease.statements);
+        self.prepared.settle(self.exchange.confirmed, there);
         if let Some(mut lease) = self.lease.take() {
             let settled = timeout(PARTING_MAX, reset::sync(&mut lease)).await;
             self.key.slot.release().await;

@@ -1,6 +1,8 @@
 //! LISTEN and UNLISTEN: a session's subscription at the hub, and what of it servers are told. Never delivers: that is
 //! `waiting.rs`'s. Called by `mod.rs`, `servers.rs` and `batches.rs`.
 
+use std::time::Duration;
+
 use super::{Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::SessionError;
@@ -12,6 +14,9 @@ use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::Header;
 use crate::wire::messages::TxStatus;
 use crate::wire::quote;
+
+/// How long an answer waits for the notifications its request sent to its own session.
+const OWN_WAIT: Duration = Duration::from_secs(1);
 
 impl Session {
     /// A Query of one LISTEN or UNLISTEN.
@@ -134,8 +139,12 @@ impl Session {
         quiet.map(drop).map_err(server_lost)
     }
 
-    /// Whether ReadyForQuery must wait for the session: the request may end a transaction that ran LISTEN.
+    /// Whether ReadyForQuery must wait for the session: the request may end a transaction that ran LISTEN, or one that
+    /// notified a session that listens, itself perhaps.
     pub(super) fn keeps_ready(&self, effects: &[Effect]) -> bool {
+        if self.notifies(effects) {
+            return true;
+        }
         let subscribes = |effect: &Effect| {
             matches!(
                 effect,
@@ -143,6 +152,28 @@ impl Session {
             )
         };
         self.state.awaits_subscriptions() || effects.iter().any(subscribes)
+    }
+
+    fn notifies(&self, effects: &[Effect]) -> bool {
+        let listens = self
+            .subscriber
+            .as_ref()
+            .is_some_and(Subscriber::hears_ordinary);
+        listens && (self.state.awaits_notifications() || effects.contains(&Effect::Notify))
+    }
+
+    /// The request has notified: what a session sends to itself it hears before it may send the next one. (sql-notify.html)
+    pub(super) async fn hear_own(&mut self) -> Result<(), SessionError> {
+        let Some(subscriber) = self.subscriber.as_ref().filter(|s| s.hears_ordinary()) else {
+            return Ok(());
+        };
+        if !self.exchange.keep_ready {
+            return Ok(());
+        }
+        // Late is better than never: it comes when it comes.
+        subscriber.catch_up(OWN_WAIT).await;
+        let first = subscriber.try_next();
+        self.put_deliveries(first).await
     }
 
     fn subscriber(&mut self) -> &Subscriber {

@@ -77,7 +77,19 @@ impl Session {
 
     /// Writes notifications, all that are there, in one go.
     async fn deliver(&mut self, first: Delivery) -> Result<(), SessionError> {
-        let mut next = Some(first);
+        self.put_deliveries(Some(first)).await?;
+        Ok(self.client.flush().await?)
+    }
+
+    /// The same, for whoever has more to say.
+    pub(super) async fn put_deliveries(
+        &mut self,
+        first: Option<Delivery>,
+    ) -> Result<(), SessionError> {
+        if first.is_none() {
+            return Ok(());
+        }
+        let mut next = first;
         while let Some(delivery) = next {
             match delivery {
                 Delivery::Frame(frame) => {
@@ -94,7 +106,7 @@ impl Session {
         // Who has been told of an event must find its traces, and so must whom they tell.
         self.seen_until = Instant::now();
         self.shared.runs.seen(RunRef::All);
-        Ok(self.client.flush().await?)
+        Ok(())
     }
 
     /// A server held between requests has said something, or has gone.

@@ -1,0 +1,175 @@
+//! Takes HTTP connections, `http.max_connections` of them at once, and tells those beyond that it is full. Reads nothing of a
+//! request. Called by `mod.rs`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::serve::Listener;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::metrics::{Counter, Gauge, Registry};
+
+/// Clients that are being told that there is no room; more are closed without a word.
+const REFUSALS: usize = 64;
+/// How long telling one may take.
+const REFUSAL_MAX: Duration = Duration::from_secs(2);
+/// Of a refused client's request, what is read so that the refusal arrives: a socket closed with bytes unread takes back what
+/// was written to it.
+const DRAINED_MAX: u64 = 64 * 1024;
+
+pub(super) struct Seats {
+    listener: TcpListener,
+    places: usize,
+    free: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
+    taken: Arc<Gauge>,
+    refused: Arc<Counter>,
+}
+
+impl Seats {
+    pub(super) fn new(listener: TcpListener, places: usize, registry: &Registry) -> Self {
+        let (taken, refused) = (
+            registry.gauge("flowgate_http_connections", "HTTP connections open", &[]),
+            registry.counter(
+                "flowgate_http_connections_refused_total",
+                "HTTP connections refused because http.max_connections were open",
+                &[],
+            ),
+        );
+        Self {
+            listener,
+            places,
+            free: Arc::new(Semaphore::new(places)),
+            refusals: Arc::new(Semaphore::new(REFUSALS)),
+            taken,
+            refused,
+        }
+    }
+
+    fn refuse(&self, stream: TcpStream) {
+        self.refused.inc();
+        let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() else {
+            return;
+        };
+        let words = format!(
+            "too many connections: http.max_connections is {}\n",
+            self.places
+        );
+        // Its own end is near and known, so nobody waits for it.
+        tokio::spawn(async move {
+            drop(timeout(REFUSAL_MAX, tell(stream, &words)).await);
+            drop(permit);
+        });
+    }
+}
+
+async fn tell(mut stream: TcpStream, words: &str) -> io::Result<()> {
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\nretry-after: 1\r\n\
+         connection: close\r\ncontent-length: {}\r\n\r\n{words}",
+        words.len()
+    );
+    stream.write_all(answer.as_bytes()).await?;
+    stream.shutdown().await?;
+    let mut rest = stream.take(DRAINED_MAX);
+    tokio::io::copy(&mut rest, &mut tokio::io::sink()).await?;
+    Ok(())
+}
+
+impl Listener for Seats {
+    type Io = Seated;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Seated, SocketAddr) {
+        loop {
+            let (stream, address) = Listener::accept(&mut self.listener).await;
+            match Arc::clone(&self.free).try_acquire_owned() {
+                Ok(permit) => {
+                    self.taken.add(1);
+                    let taken = Arc::clone(&self.taken);
+                    let seat = Seat {
+                        taken,
+                        _permit: permit,
+                    };
+                    return (
+                        Seated {
+                            stream,
+                            _seat: seat,
+                        },
+                        address,
+                    );
+                }
+                Err(_full) => self.refuse(stream),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// One connection's place; dropping it frees it.
+struct Seat {
+    taken: Arc<Gauge>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.taken.sub(1);
+    }
+}
+
+/// A connection in its seat.
+pub(super) struct Seated {
+    stream: TcpStream,
+    _seat: Seat,
+}
+
+impl AsyncRead for Seated {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Seated {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
