@@ -6,6 +6,7 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod bank;
 mod handover;
 mod maintenance;
 mod pools;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 
-use crate::session::Chance;
+use crate::support::chance::{Chance, seed};
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, text};
 use crate::support::raw::{
@@ -336,11 +336,7 @@ async fn random_bytes_hurt_nobody() {
     let db = fresh_database().await;
     let proxy = Proxy::with_pool(&db, 3).await;
     let mut neighbour = Neighbour::new(&proxy).await;
-    let seed = std::env::var("FLOWGATE_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
-    println!("FLOWGATE_SEED={seed}");
+    let seed = seed();
     let mut chance = Chance(seed | 1);
     for round in 0..300 {
         let mut bytes: Vec<u8> = (0..chance.below(300))

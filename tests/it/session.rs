@@ -5,6 +5,7 @@ use std::fmt::Write;
 use futures_util::future::join_all;
 use tokio::time::timeout;
 
+use crate::support::chance::{Chance, seed};
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, sqlstate, text, try_text};
 use crate::support::raw::{
@@ -429,11 +430,7 @@ async fn session_mode_keeps_one_server_for_one_client() {
 async fn thirty_clients_on_three_servers_never_meet_anothers_session() {
     let db = fresh_database().await;
     let proxy = Proxy::with_pool(&db, 3).await;
-    let seed = std::env::var("FLOWGATE_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
-    println!("FLOWGATE_SEED={seed}");
+    let seed = seed();
     let direct = db.connect().await;
     let roles = ["pg_monitor", "pg_read_all_data", "pg_signal_backend"];
     direct
@@ -547,22 +544,6 @@ impl std::fmt::Display for Belief {
             .work_mem
             .map_or_else(|| "4MB".to_owned(), |kb| format!("{kb}kB"));
         write!(f, "{work_mem},{},{},{}", self.own, self.role, self.name)
-    }
-}
-
-/// xorshift64*: enough, and the same for the same seed.
-pub(crate) struct Chance(pub(crate) u64);
-
-impl Chance {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 16
-    }
-
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
     }
 }
 

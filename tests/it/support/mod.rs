@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "shared by several test binaries")]
 
 pub(crate) mod certs;
+pub(crate) mod chance;
 pub(crate) mod core;
 pub(crate) mod pg;
 pub(crate) mod proxy;
