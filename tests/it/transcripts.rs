@@ -1,15 +1,102 @@
 //! The oracle is Postgres: every script of `tests/scripts` says the same direct and through us, message by message, though
 //! it moves from server to server as it goes and others use them in between.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::{FutureExt, future};
+use tokio::time::timeout;
+
+use crate::support::chance::{Chance, seed};
 use crate::support::pg::{TestDb, fresh_database};
 use crate::support::proxy::Proxy;
 use crate::support::raw::{Raw, tags};
 use crate::support::script::{self, Step};
 
-/// Answers on which we may differ: where, what of Postgres's answer, what ours has instead, and why.
-const JUSTIFIED: &[(&str, &str, &str, &str)] = &[];
+const SCRIPTS: &[&str] = &[
+    "simple",
+    "extended",
+    "copy",
+    "session",
+    "misc",
+    "prepared",
+    "settings",
+    "roles",
+    "temp",
+    "locks",
+    "notify",
+    "sequences",
+    "copy_errors",
+    "pipelines",
+    "portals",
+    "functions",
+    "rows",
+    "status",
+    "errors",
+];
+
+/// Answers on which we may differ: the script, what the step sends, what of Postgres's answer, what ours has instead, and why.
+/// What is a mistake of ours says FIXME.
+const JUSTIFIED: &[(&str, &str, &str, &str, &str)] = &[
+    (
+        "extended",
+        "star_a_",
+        "E S=ERROR|V=ERROR|C=0A000|M=cached plan must not change result type",
+        "2\nD 5|m\nD 6|m\nC SELECT 2",
+        "FIXME: on another server a statement is planned anew, for the table as it is now (docs/design.md §5, what is not built yet)",
+    ),
+    (
+        "prepared",
+        "from pg_prepared_statements where name like",
+        "D b_@@_|select $1::text || $2::text as both|f\nD f_@@_|rollback|f\nD q_@@_|prepare q_@@_ as select 'also'|t\nD r_@@_|select 'rolled'|f\nD t_@@_|select $1, $2|f\nD u_@@_|select $1::int|f\nC SELECT 6",
+        "D q_@@_|prepare q_@@_ as select 'also'|t\nC SELECT 1",
+        "the view shows the server's statements, which several clients share, by the names the server knows them by",
+    ),
+    (
+        "notify",
+        "begin; listen m_a_; notify m_a_, 'own'; commit",
+        "\nA m_@@_=own",
+        "",
+        "FIXME: LISTEN moves to the hub once its transaction has ended: what that transaction, or the same request, notifies goes unheard",
+    ),
+    (
+        "notify",
+        "select pg_listening_channels()",
+        "D m_@@_\nC SELECT 1",
+        "C SELECT 0",
+        "FIXME: a server in a transaction is not told what the session listens to already",
+    ),
+    (
+        "notify",
+        "notify m_a_, 'm'",
+        "\nA m_@@_=m",
+        "",
+        "FIXME: UNLISTEN is believed although its savepoint was rolled back",
+    ),
+    (
+        "notify",
+        "select pg_notify('m_a_', 'by function')",
+        "\nA m_@@_=by function\nA m_@@_=twice",
+        "",
+        "FIXME: as before",
+    ),
+    (
+        "notify",
+        "listen q_a_; notify q_a_, 'one string'",
+        "\nA q_@@_=one string",
+        "",
+        "FIXME: as with `own`",
+    ),
+    (
+        "notify",
+        "notify r_a_, 'pipelined'",
+        "\nA r_@@_=pipelined",
+        "",
+        "FIXME: as with `own`",
+    ),
+];
 
 #[tokio::test]
 async fn simple_queries_answer_as_postgres_does() {
@@ -36,6 +123,167 @@ async fn the_rest_answers_as_postgres_does() {
     compare("misc").await;
 }
 
+/// Every script, in transaction mode: eight clients at a time on two servers, each with a script of its own, whose steps
+/// take turns by chance. `FLOWGATE_SEED` repeats the order.
+#[tokio::test]
+async fn eight_clients_taking_turns_on_two_servers_hear_what_postgres_says() {
+    let (direct, through) = (fresh_database().await, fresh_database().await);
+    let seed = seed();
+    let mut chance = Chance(seed | 1);
+    let mut wanted = HashMap::new();
+    for &name in SCRIPTS {
+        wanted.insert(name, play_alone(&direct, name).await);
+    }
+    let proxy = Proxy::without_replica(&through, |config| {
+        config.pool.size = 2.try_into().unwrap();
+        // Whoever is pinned has all its script to run before another gets that server.
+        config.pool.checkout_timeout = Duration::from_secs(120);
+    })
+    .await;
+    let mut order = SCRIPTS.to_vec();
+    // Full tables: some scripts are played twice.
+    while !order.len().is_multiple_of(8) {
+        order.push(SCRIPTS[chance.index(SCRIPTS.len())]);
+    }
+    for at in (1..order.len()).rev() {
+        order.swap(at, chance.index(at + 1));
+    }
+    let mut different = Vec::new();
+    for table in order.chunks(8) {
+        let mut players = Vec::new();
+        for (&name, letter) in table.iter().zip('a'..) {
+            players.push(Player::new(&proxy, name, letter).await);
+        }
+        for (name, heard) in take_turns(players, &mut chance).await {
+            let Played {
+                greeting,
+                lines,
+                end,
+            } = &wanted[name];
+            if *greeting != heard.greeting || *end != heard.end {
+                different.push(format!(
+                    "{name}.txt: parameters\n  Postgres:\n{greeting:?}\n{end:?}\n  through us:\n{:?}\n{:?}\n",
+                    heard.greeting, heard.end
+                ));
+            }
+            let steps = script::read(&text_of(name), 'a');
+            assert_eq!(steps.len(), heard.lines.len(), "{name}.txt");
+            for ((step, wanted), heard) in steps.iter().zip(lines).zip(&heard.lines) {
+                if wanted != heard && !is_justified(name, step, wanted, heard) {
+                    different.push(format!(
+                        "{name}.txt:{}\n  Postgres:\n{wanted}\n  through us:\n{heard}\n",
+                        step.line
+                    ));
+                }
+            }
+        }
+    }
+    assert!(
+        different.is_empty(),
+        "seed {seed}\n{}",
+        different.join("\n")
+    );
+    proxy.shut_down().await;
+}
+
+/// What a session heard: ParameterStatus of the login, the answer to each step, ParameterStatus in force at the end.
+struct Played {
+    greeting: BTreeMap<String, String>,
+    lines: Vec<String>,
+    end: BTreeMap<String, String>,
+}
+
+async fn play_alone(direct: &TestDb, name: &str) -> Played {
+    let mut raw = direct_session(direct).await;
+    let greeting = raw.parameters.clone();
+    let mut lines = Vec::new();
+    for step in script::read(&text_of(name), 'a') {
+        let frames = script::run_direct(&mut raw, &step).await;
+        lines.push(script::rendered(&frames, 'a'));
+    }
+    Played {
+        greeting,
+        lines,
+        end: raw.parameters,
+    }
+}
+
+/// A client with its script, some way through it.
+struct Player {
+    name: &'static str,
+    letter: char,
+    raw: Raw,
+    greeting: BTreeMap<String, String>,
+    steps: Vec<Step>,
+    lines: Vec<String>,
+}
+
+impl Player {
+    async fn new(proxy: &Proxy, name: &'static str, letter: char) -> Self {
+        let raw = proxy.raw().await;
+        Self {
+            name,
+            letter,
+            greeting: raw.parameters.clone(),
+            raw,
+            steps: script::read(&text_of(name), letter),
+            lines: Vec::new(),
+        }
+    }
+
+    async fn turn(mut self) -> Self {
+        let step = &self.steps[self.lines.len()];
+        let frames = script::run(&mut self.raw, step).await;
+        self.lines.push(script::rendered(&frames, self.letter));
+        self
+    }
+
+    fn played(self) -> Played {
+        Played {
+            greeting: self.greeting,
+            lines: self.lines,
+            end: self.raw.parameters,
+        }
+    }
+}
+
+/// Who has no answer by then has no server, as a rule: the others go on, one of them has it.
+const TURN: Duration = Duration::from_millis(10);
+
+/// Until all have played their scripts. Order by chance, and one at a time as long as that is possible.
+async fn take_turns(players: Vec<Player>, chance: &mut Chance) -> Vec<(&'static str, Played)> {
+    let (mut ready, mut done) = (players, Vec::new());
+    let mut waiting = FuturesUnordered::new();
+    loop {
+        let mut came = Vec::new();
+        while let Some(Some(player)) = waiting.next().now_or_never() {
+            came.push(player);
+        }
+        if came.is_empty() && ready.is_empty() {
+            match waiting.next().await {
+                Some(player) => came.push(player),
+                None => return done,
+            }
+        }
+        if !ready.is_empty() {
+            let player = ready.swap_remove(chance.index(ready.len()));
+            let mut turn = Box::pin(player.turn());
+            match timeout(TURN, &mut turn).await {
+                Ok(player) => came.push(player),
+                Err(_elapsed) => waiting.push(turn),
+            }
+        }
+        for player in came {
+            if player.lines.len() == player.steps.len() {
+                // What it holds goes with it: hanging up is the script's last step.
+                done.push((player.name, player.played()));
+            } else {
+                ready.push(player);
+            }
+        }
+    }
+}
+
 /// Free running on too few servers: whoever has to wait waits, and nobody gets another's answer.
 #[tokio::test]
 async fn clients_side_by_side_see_only_their_own_answers() {
@@ -54,25 +302,14 @@ async fn clients_side_by_side_see_only_their_own_answers() {
         let clients = "abcdef"
             .chars()
             .map(async |letter| run(letter, proxy.raw().await).await);
-        for (client, heard) in futures_util::future::join_all(clients)
-            .await
-            .into_iter()
-            .enumerate()
-        {
-            for (wanted, heard) in wanted.iter().zip(heard) {
-                // A client that moved to another server has its statement planned there anew, for the table as it is now,
-                // where Postgres would refuse the old plan. (docs/design.md §5, what is not built yet)
-                if wanted
-                    .1
-                    .contains("0A000|cached plan must not change result type")
-                {
+        for (client, heard) in future::join_all(clients).await.into_iter().enumerate() {
+            let steps = script::read(&text_of(name), 'a');
+            for ((step, wanted), (_, heard)) in steps.into_iter().zip(&wanted).zip(heard) {
+                if is_justified(name, &step, &wanted.1, &heard) {
                     continue;
                 }
-                assert_eq!(
-                    *wanted, heard,
-                    "{name}.txt, client {client}, line {}",
-                    wanted.0
-                );
+                let (line, wanted) = wanted;
+                assert_eq!(*wanted, heard, "{name}.txt, client {client}, line {line}");
             }
         }
     }
@@ -88,7 +325,7 @@ async fn compare(name: &str) {
     let mut shared = proxy.raw().await;
     let mut different = Vec::new();
     for step in &steps {
-        let wanted = script::run(&mut alone, step).await;
+        let wanted = script::run_direct(&mut alone, step).await;
         // Inside a transaction, or a request, it has its server.
         crowd.jostle().await;
         let heard = script::run(&mut shared, step).await;
@@ -114,9 +351,8 @@ async fn direct_session(db: &TestDb) -> Raw {
 
 fn is_justified(name: &str, step: &Step, wanted: &str, heard: &str) -> bool {
     let sent = String::from_utf8_lossy(&step.bytes);
-    JUSTIFIED.iter().any(|(place, theirs, ours, _why)| {
-        let (script, text) = place.split_once(".txt: ").unwrap();
-        script == name && sent.contains(text) && wanted.replace(theirs, ours) == heard
+    JUSTIFIED.iter().any(|(script, text, theirs, ours, _why)| {
+        *script == name && sent.contains(text) && wanted.replace(theirs, ours) == heard
     })
 }
 
