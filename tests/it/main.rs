@@ -11,6 +11,7 @@ mod core;
 mod core14;
 #[cfg(feature = "demo")]
 mod demo;
+mod dirt;
 mod embedded;
 mod events;
 mod hostile;
