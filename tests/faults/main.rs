@@ -6,6 +6,7 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod bank;
 mod maintenance;
 mod primary;
 mod proxy_killed;
