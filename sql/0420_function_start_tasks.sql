@@ -39,7 +39,7 @@ begin
     ),
     started as (
         update pgflow.step_tasks as t
-        set status = 'started', attempts_count = t.attempts_count + 1, started_at = now(),
+        set status = 'started', attempts_count = t.attempts_count + 1, started_at = greatest(now(), t.queued_at),
             last_worker_id = start_tasks.worker_id
         from free
         where t.run_id = free.run_id and t.step_slug = free.step_slug and t.task_index = free.task_index

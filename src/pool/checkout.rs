@@ -33,6 +33,12 @@ const TRUSTED_IDLE: Duration = Duration::from_millis(1);
 const CHECK_MAX: Duration = Duration::from_secs(2);
 /// How long a CancelRequest for an abandoned query may take.
 const ABANDON_MAX: Duration = Duration::from_secs(5);
+/// Before each request to cancel an abandoned query.
+const ABANDON_AGAIN: [Duration; 3] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+];
 /// A waiter that found the reserve used up asks again.
 const RESERVE_RETRY: Duration = Duration::from_millis(500);
 /// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
@@ -871,8 +877,19 @@ impl Drop for Checkout {
 }
 
 async fn abandon(key: &ServerKey) {
+    // Postgres ignores a request that comes before it has read the query, and says nothing either way.
+    for pause in ABANDON_AGAIN {
+        tokio::time::sleep(pause).await;
+        if !cancel_once(key).await {
+            return;
+        }
+    }
+}
+
+/// Whether another may be of use.
+async fn cancel_once(key: &ServerKey) -> bool {
     match send_cancel(key, ABANDON_MAX).await {
-        Ok(()) => {}
+        Ok(()) => return true,
         // The server is going or gone, and the query with it.
         Err(error)
             if matches!(
@@ -886,6 +903,7 @@ async fn abandon(key: &ServerKey) {
             warn!(host = %key.host, port = key.port, %error, "could not cancel an abandoned query");
         }
     }
+    false
 }
 
 enum Peek {
