@@ -498,7 +498,11 @@ async fn pause_lets_transactions_end_and_resume_serves_who_waited() {
     busy.send(&query("commit")).await;
     busy.until_ready().await;
     let admin = timeout(PATIENCE, pausing).await.unwrap().unwrap().unwrap();
-    assert_eq!(text(&direct, &open).await, "0");
+    // Its backend takes a moment to end.
+    wait_until("no server is left", PATIENCE, async || {
+        text(&direct, &open).await == "0"
+    })
+    .await;
     // Requests wait, so do logins; the database can be restarted, dropped and made again meanwhile.
     idle.send(&query("select 'served'")).await;
     let url = proxy.url();
