@@ -208,6 +208,8 @@ fn closed_server() -> ServerConn {
         unnamed: None,
         last_client: 0,
         mixed_draws: false,
+        probes: false,
+        hidden: false,
         unfit: false,
         opened_at: now,
         idle_since: now,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::classify::Effect;
+use crate::classify::{Effect, together};
 use crate::server::parameters::Reported;
 use crate::server::settings::Settings;
 use crate::wire::messages::TxStatus;
@@ -22,9 +22,10 @@ pub(crate) enum PinReason {
     SetConfig,
     Sequence,
     Unfollowed,
+    FunctionBody,
 }
 
-pub(crate) const PIN_REASONS: [(PinReason, &str); 9] = [
+pub(crate) const PIN_REASONS: [(PinReason, &str); 10] = [
     (PinReason::SessionMode, "session_mode"),
     (PinReason::TempObject, "temp_object"),
     (PinReason::AdvisoryLock, "advisory_lock"),
@@ -34,6 +35,7 @@ pub(crate) const PIN_REASONS: [(PinReason, &str); 9] = [
     (PinReason::SetConfig, "set_config"),
     (PinReason::Sequence, "sequence"),
     (PinReason::Unfollowed, "unfollowed"),
+    (PinReason::FunctionBody, "function_body"),
 ];
 
 /// A set of reasons.
@@ -58,7 +60,7 @@ impl Pins {
         self.0 & Self::bit(reason) != 0
     }
 
-    fn insert(&mut self, reason: PinReason) {
+    pub(crate) fn insert(&mut self, reason: PinReason) {
         self.0 |= Self::bit(reason);
     }
 
@@ -114,6 +116,8 @@ pub(crate) struct State {
     uncommitted: Vec<Effect>,
     /// A transaction that was committed AND CHAIN notified somebody, who hears of it when the chain ends.
     notified: bool,
+    /// The transaction under way has run code that is not in its text.
+    opaque: Option<u32>,
 }
 
 impl State {
@@ -129,7 +133,14 @@ impl State {
             pins,
             uncommitted: Vec::new(),
             notified: false,
+            opaque: None,
         }
+    }
+
+    /// Whether the transaction that has just ended may have left something on the server that its text does not tell; of one
+    /// that is tied to its server nobody need know.
+    pub(crate) fn take_opaque(&mut self) -> Option<u32> {
+        self.opaque.take().filter(|_| self.pins.is_empty())
     }
 
     /// Whether the transaction under way ran LISTEN or UNLISTEN.
@@ -179,6 +190,10 @@ impl State {
                 Effect::Load => self.pins.insert(PinReason::Load),
                 Effect::SequenceValue => self.pins.insert(PinReason::Sequence),
                 Effect::Unfollowed => self.pins.insert(PinReason::Unfollowed),
+                Effect::Opaque(code) => {
+                    let before = self.opaque.unwrap_or(*code);
+                    self.opaque = Some(together(before, *code));
+                }
                 _ if ending.failed => {}
                 Effect::AdvisoryUnlockAll => self.pins.remove(PinReason::AdvisoryLock),
                 Effect::TempObject => self.pins.insert(PinReason::TempObject),

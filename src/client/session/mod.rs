@@ -332,7 +332,7 @@ impl Session {
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
-        self.run_query(Source::Input, header.whole, &Analysis::other())
+        self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
 
@@ -468,6 +468,7 @@ impl Session {
         {
             self.prepared.forget_all();
             lease.statements.clear();
+            lease.probes = false;
         }
         if consequences.discarded_all {
             self.prepared.forget_unnamed();
@@ -505,6 +506,11 @@ impl Session {
         }
         self.state.forget_transaction();
         self.take_back_subscriptions().await?;
+        if let Some(code) = self.state.take_opaque()
+            && self.replica.is_none()
+        {
+            self.look_behind(code).await?;
+        }
         self.close_books();
         if self.state.pins.is_empty() || self.replica.is_some() {
             self.check_in().await;

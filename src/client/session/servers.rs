@@ -11,6 +11,7 @@ use tracing::debug;
 use super::{PARTING_MAX, PRIMARY, Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::{SessionError, still_waiting};
+use crate::client::state::PinReason;
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{self, Pause, RelayError};
@@ -125,6 +126,9 @@ impl Session {
 
     /// Gives a server this session's settings; what others drew from its sequences is forgotten where anybody asks.
     async fn fit(&mut self, lease: &mut Checkout) -> Result<(), ResetError> {
+        if lease.hidden && lease.last_client != self.id {
+            reset::forget_hidden(lease).await?;
+        }
         if !Arc::ptr_eq(&lease.settings, &self.state.settings) {
             let script = lease.settings.script_to(&self.state.settings);
             // Before the request and not with it: were one of these to fail, the request must not run.
@@ -201,6 +205,38 @@ impl Session {
             lease.unfit = true;
         }
         lease.last_client = self.id;
+    }
+
+    /// A transaction has run code that is not in its text. The client has its answer; before anybody else may have the server,
+    /// it is asked what it was left with. What it alone can hold ties the client to it.
+    pub(super) async fn look_behind(&mut self, code: u32) -> Result<(), SessionError> {
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(());
+        };
+        self.shared.counters.probes.inc();
+        lease.hidden = true;
+        let settings = self.shared.habits.asks(code);
+        let found = match reset::probe(lease, settings).await {
+            Ok(found) => found,
+            // The client has lost nothing that it knows of; nobody else shall find out.
+            Err(error) => {
+                debug!(pid = lease.key.pid, %error, "server would not say what it was left with");
+                lease.unfit = true;
+                return Ok(());
+            }
+        };
+        // DISCARD ALL keeps the temporary namespace.
+        lease.unfit |= found.temp;
+        if found.setting {
+            self.shared.habits.sets(code);
+        }
+        if found.state {
+            let before = self.state.pins;
+            self.state.pins.insert(PinReason::FunctionBody);
+            self.shared.counters.count_pins(before, self.state.pins);
+            self.entry().note_pins(self.state.pins);
+        }
+        self.adopt_channels(&found.channels).await
     }
 
     /// Carries the request on until something is for the session to decide; errors speak of the client's own statements.
