@@ -24,7 +24,7 @@ use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
 use crate::config::{ClientTls, PoolMode};
-use crate::pool::checkout::Wish;
+use crate::pool::checkout::{Welcome, Wish};
 use crate::server::auth::Credentials;
 use crate::server::conn::ServerConn;
 use crate::server::parameters::{Opening, Reported};
@@ -72,20 +72,12 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let peer = caller.address;
     match arrival {
         Ok(Ok(Arrival::Session(mut session))) => {
-            let entry = Arc::clone(session.entry());
-            let ended = tokio::select! {
-                biased;
-                ended = session.run() => ended,
-                () = until(&shared, Running::Stopping) => Err(SessionError::Shutdown),
-                () = entry.killed() => Err(SessionError::Killed),
-            };
-            if let Err(error) = &ended {
-                note(peer, error, &shared);
+            if let Err(error) = session.run().await {
+                note(peer, &error, &shared);
                 if !session.is_mid_message() {
-                    farewell(&mut session.client, error).await;
+                    farewell(&mut session.client, &error).await;
                 }
             }
-            drop(entry);
             session.part().await;
         }
         Ok(Ok(Arrival::Replication(mut session, listed))) => {
@@ -107,7 +99,8 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
         Ok(Ok(Arrival::Console(mut client, admitted))) => {
             let ended = tokio::select! {
                 biased;
-                ended = console::serve(&mut client, &shared, &admitted) => ended,
+                // Boxed: every client's task is as large as the largest of what it may come to.
+                ended = Box::pin(console::serve(&mut client, &shared, &admitted)) => ended,
                 () = alone(&shared) => Err(SessionError::Shutdown),
             };
             if let Err(error) = ended {
@@ -221,10 +214,11 @@ async fn arrive(
                 id: login.id,
                 peer: caller.address,
                 client,
-                opening: login.opening,
+                opening: login.welcome.opening,
                 application_name: login.application_name,
                 key: login.key,
-                reported: login.reported,
+                reported: login.welcome.reported,
+                settings: login.welcome.settings,
                 session_mode: shared.live().config.pool.mode == PoolMode::Session,
             };
             Ok(Arrival::Session(Box::new(Session::new(
@@ -288,10 +282,9 @@ struct Replicating {
 
 struct User {
     id: u64,
-    opening: Arc<Opening>,
+    welcome: Welcome,
     application_name: String,
     key: CancelKey,
-    reported: Reported,
 }
 
 async fn introduce(
@@ -386,30 +379,24 @@ async fn introduce(
         opening: &login.opening,
         application_name: &login.application_name,
     };
-    let seen = pool.log_in(wish).await;
+    let welcome = pool.log_in(wish).await;
     drop(pool);
-    let mut seen = match seen {
-        Ok(seen) => seen,
+    let welcome = match welcome {
+        Ok(welcome) => welcome,
         Err(error) => {
             shared.pools.forget_unused(&login.opening);
             return Err(login_refused(error));
         }
     };
-    if seen.reported.find("application_name").is_some() {
-        seen.reported
-            .set("application_name", &login.application_name);
-    }
-    let key = shared.cancels.issue(seen.pid, secret_len)?;
-    put_welcome(client, &seen.reported, &key);
+    let key = shared.cancels.issue(welcome.pid, secret_len)?;
+    put_welcome(client, &welcome.reported, &key);
     client.flush().await?;
     shared.counters.logins.inc();
-    let (opening, application_name) = (login.opening, login.application_name);
     Ok(Introduced::User(Box::new(User {
         id,
-        opening,
-        application_name,
+        welcome,
+        application_name: login.application_name,
         key,
-        reported: seen.reported,
     })))
 }
 

@@ -48,6 +48,25 @@ impl Reported {
     pub(crate) fn same_as(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.values, &other.values)
     }
+
+    /// Whether both hold the same; from then on they are the same.
+    pub(crate) fn merge(&mut self, other: &mut Self) -> bool {
+        let equal = self == other;
+        if equal {
+            share(&mut self.values, &mut other.values);
+        }
+        equal
+    }
+}
+
+/// Of two equal values one goes. It is always the one at the higher address: wherever equals meet, in pairs and in whatever
+/// order, they end as one, and after that are told equal by their address.
+pub(crate) fn share<T>(one: &mut Arc<T>, other: &mut Arc<T>) {
+    if Arc::as_ptr(one) <= Arc::as_ptr(other) {
+        other.clone_from(one);
+    } else {
+        one.clone_from(other);
+    }
 }
 
 /// Who a session belongs to and how it was opened. Servers are shared only among clients with equal `options`: then
