@@ -2,8 +2,10 @@
 //! rules → authentication → the first ReadyForQuery. Each step happens once and hands over to the next; errors are told to the client here.
 //! (protocol-flow.html#PROTOCOL-FLOW-START-UP)
 
+use std::future::ready;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
@@ -50,9 +52,23 @@ const SECRET_LEN: usize = 4;
 /// From protocol 3.2 on cancel keys may be longer. (protocol-message-formats.html, BackendKeyData)
 const SECRET_LEN_3_2: usize = 32;
 
-/// A client's whole life.
+/// A client's whole life. Each part of it is a future in a box of its own, so that a client between requests holds nothing of
+/// what its login needed, nor of what others come for.
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
+    let Some((peer, arrival)) = Box::pin(come_in(tcp, peer, &shared, seat.is_some())).await else {
+        return;
+    };
+    stay(arrival, peer, &shared).await;
+}
+
+/// To the end of the login. `None`: nobody is there any more.
+async fn come_in(
+    tcp: TcpStream,
+    peer: SocketAddr,
+    shared: &Arc<Shared>,
+    seated: bool,
+) -> Option<(SocketAddr, Result<Arrival, Refusal>)> {
     let live = shared.live();
     let within = live.config.listen.login_timeout;
     let mut caller = Caller {
@@ -61,65 +77,87 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
         end_point: None,
     };
     drop(live);
-    let arrive = Box::pin(arrive(tcp, &mut caller, &shared, seat.is_some()));
+    let arrive = Box::pin(arrive(tcp, &mut caller, shared, seated));
     let arrival = tokio::select! {
         biased;
         arrival = timeout(within, arrive) => arrival,
         // Nobody who is still on the doorstep is worth waiting for.
-        () = turned_away(&shared) => return,
+        () = turned_away(shared) => return None,
     };
     // Whom the balancer before us has named, if there is one.
     let peer = caller.address;
+    let Ok(arrival) = arrival else {
+        shared.counters.logins_failed.inc();
+        debug!(%peer, "client did not log in in time");
+        return None;
+    };
+    Some((peer, arrival))
+}
+
+type Stay<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+fn stay(arrival: Result<Arrival, Refusal>, peer: SocketAddr, shared: &Shared) -> Stay<'_> {
     match arrival {
-        Ok(Ok(Arrival::Session(mut session))) => {
-            if let Err(error) = session.run().await {
-                note(peer, &error, &shared);
-                if !session.is_mid_message() {
-                    farewell(&mut session.client, &error).await;
-                }
-            }
-            session.part().await;
+        Ok(Arrival::Session(session)) => Box::pin(serve(session, peer, shared)),
+        Ok(Arrival::Replication(session, listed)) => {
+            Box::pin(replicate(session, listed, peer, shared))
         }
-        Ok(Ok(Arrival::Replication(mut session, listed))) => {
-            let ended = tokio::select! {
-                biased;
-                ended = Box::pin(session.run(shared.standing.clone())) => ended,
-                () = listed.entry().killed() => Err(SessionError::Killed),
-            };
-            if let Err(error) = ended {
-                note(peer, &error, &shared);
-                if !session.is_mid_message() {
-                    farewell(&mut session.client, &error).await;
-                }
-            }
-            if timeout(FAREWELL_MAX, session.part()).await.is_err() {
-                debug!(%peer, "client of a replication connection did not take all there was");
-            }
+        Ok(Arrival::Console(client, admitted)) => Box::pin(console(client, admitted, peer, shared)),
+        Ok(Arrival::Nothing) => Box::pin(ready(())),
+        Err(refusal) => Box::pin(refuse(refusal, peer, shared)),
+    }
+}
+
+async fn serve(mut session: Box<Session>, peer: SocketAddr, shared: &Shared) {
+    if let Err(error) = session.run().await {
+        note(peer, &error, shared);
+        if !session.is_mid_message() {
+            farewell(&mut session.client, &error).await;
         }
-        Ok(Ok(Arrival::Console(mut client, admitted))) => {
-            let ended = tokio::select! {
-                biased;
-                // Boxed: every client's task is as large as the largest of what it may come to.
-                ended = Box::pin(console::serve(&mut client, &shared, &admitted)) => ended,
-                () = alone(&shared) => Err(SessionError::Shutdown),
-            };
-            if let Err(error) = ended {
-                debug!(%peer, %error, "console client left");
-                farewell(&mut client, &error).await;
-            }
+    }
+    session.part().await;
+}
+
+async fn replicate(
+    mut session: Box<ReplicationSession>,
+    listed: Listed,
+    peer: SocketAddr,
+    shared: &Shared,
+) {
+    let ended = tokio::select! {
+        biased;
+        ended = Box::pin(session.run(shared.standing.clone())) => ended,
+        () = listed.entry().killed() => Err(SessionError::Killed),
+    };
+    if let Err(error) = ended {
+        note(peer, &error, shared);
+        if !session.is_mid_message() {
+            farewell(&mut session.client, &error).await;
         }
-        Ok(Ok(Arrival::Nothing)) => {}
-        Ok(Err(Refusal { client, error })) => {
-            shared.counters.logins_failed.inc();
-            note(peer, &error, &shared);
-            if let Some(mut client) = client {
-                farewell(&mut client, &error).await;
-            }
-        }
-        Err(_late) => {
-            shared.counters.logins_failed.inc();
-            debug!(%peer, "client did not log in in time");
-        }
+    }
+    if timeout(FAREWELL_MAX, session.part()).await.is_err() {
+        debug!(%peer, "client of a replication connection did not take all there was");
+    }
+}
+
+async fn console(mut client: Stream, admitted: Box<Admitted>, peer: SocketAddr, shared: &Shared) {
+    let ended = tokio::select! {
+        biased;
+        ended = Box::pin(console::serve(&mut client, shared, &admitted)) => ended,
+        () = alone(shared) => Err(SessionError::Shutdown),
+    };
+    if let Err(error) = ended {
+        debug!(%peer, %error, "console client left");
+        farewell(&mut client, &error).await;
+    }
+}
+
+async fn refuse(refusal: Refusal, peer: SocketAddr, shared: &Shared) {
+    let Refusal { client, error } = refusal;
+    shared.counters.logins_failed.inc();
+    note(peer, &error, shared);
+    if let Some(mut client) = client {
+        farewell(&mut client, &error).await;
     }
 }
 

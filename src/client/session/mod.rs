@@ -174,7 +174,8 @@ impl Source {
 }
 
 impl Session {
-    pub(super) fn new(login: LoggedIn, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(mut login: LoggedIn, shared: Arc<Shared>) -> Self {
+        login.client.rest();
         let mut standing = shared.standing.clone();
         let Standing { running, live } = standing.borrow_and_update().clone();
         let home = shared.pools.pool(&login.opening, upstream::PRIMARY);
