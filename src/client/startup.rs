@@ -98,7 +98,16 @@ type Stay<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 fn stay(arrival: Result<Arrival, Refusal>, peer: SocketAddr, shared: &Shared) -> Stay<'_> {
     match arrival {
-        Ok(Arrival::Session(session)) => Box::pin(serve(session, peer, shared)),
+        // Most of what there is of an idle client: a block, since a function would keep its arguments twice.
+        Ok(Arrival::Session(mut session)) => Box::pin(async move {
+            if let Err(error) = session.run().await {
+                note(peer, &error, shared);
+                if !session.is_mid_message() {
+                    farewell(&mut session.client, &error).await;
+                }
+            }
+            session.part().await;
+        }),
         Ok(Arrival::Replication(session, listed)) => {
             Box::pin(replicate(session, listed, peer, shared))
         }
@@ -106,16 +115,6 @@ fn stay(arrival: Result<Arrival, Refusal>, peer: SocketAddr, shared: &Shared) ->
         Ok(Arrival::Nothing) => Box::pin(ready(())),
         Err(refusal) => Box::pin(refuse(refusal, peer, shared)),
     }
-}
-
-async fn serve(mut session: Box<Session>, peer: SocketAddr, shared: &Shared) {
-    if let Err(error) = session.run().await {
-        note(peer, &error, shared);
-        if !session.is_mid_message() {
-            farewell(&mut session.client, &error).await;
-        }
-    }
-    session.part().await;
 }
 
 async fn replicate(

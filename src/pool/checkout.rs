@@ -125,6 +125,14 @@ fn bounds(settings: &config::Pool) -> Bounds {
     }
 }
 
+/// An idle server at a glance.
+enum Judged {
+    Fit(Checkout),
+    /// It is closed.
+    Unfit,
+    Doubtful(Checkout, Peek),
+}
+
 /// What a waiter is handed. Dropped unread, it goes back by itself.
 enum Grant {
     Server(Checkout),
@@ -380,9 +388,14 @@ impl Pool {
                 (taken, books.terms)
             };
             match taken {
-                Take::Ready(server) => match self.fit(server, terms, now).await {
-                    Some(checkout) => return Ok(checkout),
-                    None => continue,
+                Take::Ready(server) => match self.judge(server, terms, now) {
+                    Judged::Fit(checkout) => return Ok(checkout),
+                    Judged::Unfit => {}
+                    Judged::Doubtful(checkout, peek) => {
+                        if let Some(checkout) = Box::pin(self.ask(checkout, peek)).await {
+                            return Ok(checkout);
+                        }
+                    }
                 },
                 Take::Open(room) => {
                     return Box::pin(self.open(Slot::new(self, room, None), wish)).await;
@@ -404,11 +417,18 @@ impl Pool {
                         within.min(terms.checkout_timeout)
                     });
                     let until = Until {
-                        began: now,
-                        within,
+                        deadline: now + within,
                         reserve: terms.reserve_timeout.map(|patience| now + patience),
                     };
-                    return self.wait(wished, receiver, wish, until, alarm).await;
+                    self.common.counters.waited.inc();
+                    return match wait(wished, receiver, until, alarm).await {
+                        Some(Grant::Server(checkout)) => Ok(checkout),
+                        Some(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
+                        None => {
+                            self.common.counters.timed_out.inc();
+                            Err(CheckoutError::TimedOut(within))
+                        }
+                    };
                 }
             }
         }
@@ -439,48 +459,6 @@ impl Pool {
     /// This client is gone.
     pub(crate) fn disown(&self, client: ClientId) {
         lock(&self.books).shelf.disown(client);
-    }
-
-    async fn wait(
-        self: &Arc<Self>,
-        mut wished: Wished<'_>,
-        mut receiver: oneshot::Receiver<Grant>,
-        wish: Wish<'_>,
-        mut until: Until,
-        alarm: &mut Alarm,
-    ) -> Result<Checkout, CheckoutError> {
-        self.common.counters.waited.inc();
-        let deadline = until.began + until.within;
-        let granted = loop {
-            let next = until
-                .reserve
-                .map_or(deadline, |reserve| reserve.min(deadline));
-            tokio::select! {
-                biased;
-                granted = &mut receiver => break granted.ok(),
-                () = poll_fn(|cx| alarm.poll_until(cx, next)) => {
-                    if next == deadline {
-                        break None;
-                    }
-                    self.claim_reserve(&wished);
-                    until.reserve = Some(Instant::now() + RESERVE_RETRY);
-                }
-            }
-        };
-        match granted {
-            Some(grant) => {
-                wished.ticket = None;
-                match grant {
-                    Grant::Server(checkout) => Ok(checkout),
-                    Grant::Slot(slot) => Box::pin(self.open(slot, wish)).await,
-                }
-            }
-            None => {
-                drop(wished);
-                self.common.counters.timed_out.inc();
-                Err(CheckoutError::TimedOut(until.within))
-            }
-        }
     }
 
     fn claim_reserve(self: &Arc<Self>, wished: &Wished<'_>) {
@@ -529,30 +507,32 @@ impl Pool {
         }
     }
 
-    /// A server that was idle is lent only if it still lives; otherwise it is closed and its slot is free again.
-    async fn fit(
-        self: &Arc<Self>,
-        server: Box<Pooled>,
-        terms: Terms,
-        now: Instant,
-    ) -> Option<Checkout> {
-        let mut checkout = Checkout::new(server, self);
+    /// A server that was idle is lent only if it still lives.
+    fn judge(self: &Arc<Self>, server: Box<Pooled>, terms: Terms, now: Instant) -> Judged {
+        let checkout = Checkout::new(server, self);
         if terms.is_old(&checkout, now) {
-            return None;
+            return Judged::Unfit;
         }
         let idle = now.saturating_duration_since(checkout.idle_since);
         if idle < TRUSTED_IDLE {
-            return Some(checkout);
+            return Judged::Fit(checkout);
         }
-        let checks = terms.server_check.is_some_and(|longest| idle > longest);
-        let lives = match peek(&checkout) {
-            Peek::Closed => return None,
-            Peek::Silent if checks => {
-                Box::pin(timeout(CHECK_MAX, reset::sync(&mut checkout))).await
+        match peek(&checkout) {
+            Peek::Closed => Judged::Unfit,
+            Peek::Silent if terms.server_check.is_none_or(|longest| idle <= longest) => {
+                Judged::Fit(checkout)
             }
-            Peek::Silent => return Some(checkout),
+            peek @ (Peek::Silent | Peek::Speaks) => Judged::Doubtful(checkout, peek),
+        }
+    }
+
+    /// Whether a server still lives is for itself to say; otherwise it is closed and its slot is free again.
+    async fn ask(self: &Arc<Self>, mut checkout: Checkout, peek: Peek) -> Option<Checkout> {
+        let lives = match peek {
+            Peek::Closed => return None,
+            Peek::Silent => timeout(CHECK_MAX, reset::sync(&mut checkout)).await,
             // Something arrived while nobody listened: a changed parameter, a notice, or a farewell.
-            Peek::Speaks => Box::pin(timeout(CHECK_MAX, reset::absorb(&mut checkout))).await,
+            Peek::Speaks => timeout(CHECK_MAX, reset::absorb(&mut checkout)).await,
         };
         match lives {
             Ok(Ok(())) => Some(checkout),
@@ -849,9 +829,37 @@ impl Drop for Wished<'_> {
 
 /// How long a wish waits, and when it asks for one of the reserve.
 struct Until {
-    began: Instant,
-    within: Duration,
+    deadline: Instant,
     reserve: Option<Instant>,
+}
+
+/// `None`: nothing came in time.
+async fn wait(
+    mut wished: Wished<'_>,
+    mut receiver: oneshot::Receiver<Grant>,
+    mut until: Until,
+    alarm: &mut Alarm,
+) -> Option<Grant> {
+    loop {
+        let Until { deadline, reserve } = until;
+        let next = reserve.map_or(deadline, |reserve| reserve.min(deadline));
+        tokio::select! {
+            biased;
+            granted = &mut receiver => {
+                if granted.is_ok() {
+                    wished.ticket = None;
+                }
+                return granted.ok();
+            }
+            () = poll_fn(|cx| alarm.poll_until(cx, next)) => {
+                if next == deadline {
+                    return None;
+                }
+                wished.pool.claim_reserve(&wished);
+                until.reserve = Some(Instant::now() + RESERVE_RETRY);
+            }
+        }
+    }
 }
 
 /// The right to open one server. Dropping it gives the right back.
