@@ -65,14 +65,12 @@ impl Session {
             return Err(CheckoutError::Settings(error));
         }
         // A replica reports that it is one; the client talks to the primary, as far as it knows.
-        if upstream == PRIMARY && !self.reported.same_as(&lease.reported) {
-            if !self.reported.merge(&mut lease.reported) {
-                for (name, value) in self.reported.changes_to(&lease.reported) {
-                    put_parameter_status(&mut self.client.output, name, value);
-                }
-                self.reported = lease.reported.clone();
-                self.note_name();
+        if upstream == PRIMARY && !self.reported.merge(&mut lease.reported) {
+            for (name, value) in self.reported.changes_to(&lease.reported) {
+                put_parameter_status(&mut self.client.output, name, value);
             }
+            self.reported = lease.reported.clone();
+            self.note_name();
         }
         self.replica = upstream.checked_sub(1);
         self.lease = Some(lease);
