@@ -121,8 +121,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(application_name: &str, session_mode: bool) -> Self {
-        let start = Arc::new(Settings::named(application_name));
+    pub(crate) fn new(start: Arc<Settings>, session_mode: bool) -> Self {
         let mut pins = Pins::default();
         if session_mode {
             pins.insert(PinReason::SessionMode);
@@ -350,7 +349,7 @@ mod tests {
     #[test]
     fn a_set_counts_at_once_outside_a_transaction_and_at_commit_inside() {
         use TxStatus::{Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         let consequences =
             state.request_ended(&[set("a", "1")], 1, ending(false, false, Idle, Idle));
         assert!(consequences.settings_changed);
@@ -373,7 +372,7 @@ mod tests {
     #[test]
     fn a_rolled_back_set_never_was() {
         use TxStatus::{Failed, Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "2")],
             1,
@@ -391,14 +390,14 @@ mod tests {
     #[test]
     fn what_cannot_be_followed_pins() {
         use TxStatus::{Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "1"), set("b", "1")],
             3,
             ending(true, false, Idle, Idle),
         );
         assert!(state.pins.contains(PinReason::Unfollowed));
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "1")],
             1,
@@ -415,7 +414,7 @@ mod tests {
     #[test]
     fn discard_all_releases_and_session_mode_does_not_end() {
         use TxStatus::Idle;
-        let mut state = State::new("app", true);
+        let mut state = State::new(Arc::new(Settings::named("app")), true);
         state.request_ended(
             &[Effect::AdvisorySession, set("a", "1")],
             1,
@@ -434,7 +433,7 @@ mod tests {
 
     #[test]
     fn an_advisory_lock_outlives_the_error_that_followed_it() {
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[Effect::AdvisorySession],
             1,
