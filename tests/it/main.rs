@@ -15,6 +15,7 @@ mod demo;
 mod dirt;
 mod embedded;
 mod events;
+mod follow;
 mod hostile;
 mod maintenance;
 mod pools;

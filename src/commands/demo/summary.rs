@@ -8,10 +8,10 @@ use serde_json::Value;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Error, SimpleQueryMessage};
 
+use super::super::screen::{Paint, Screen};
 use super::DemoError;
 use super::latency::Answers;
 use super::link::{self, Link};
-use super::screen::{Paint, Screen};
 use super::tree::Tree;
 use super::words::{grouped, spell};
 use super::{Places, ms};
