@@ -24,7 +24,7 @@ use crate::client::verifiers::VerifierError;
 use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
-use crate::http::{self, HttpState, Readiness};
+use crate::http::{self, HttpState, JwksError, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::pool::checkout::ClientIds;
@@ -59,6 +59,8 @@ pub enum AppError {
         address: SocketAddr,
         source: io::Error,
     },
+    #[error("http.jwks: {0}")]
+    Jwks(#[from] JwksError),
     #[error("listen.tls: {0}")]
     Tls(#[source] io::Error),
     #[error("{0}")]
@@ -198,10 +200,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             let socket = accept::bind(address, config.listen.reuse_port).map_err(failed)?;
             let listener = TcpListener::from_std(socket).map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            let state = HttpState {
-                registry: Arc::clone(&registry),
-                ready: readiness,
-            };
+            let state = HttpState::new(&config, &hubs, &registry, readiness)?;
             let mut stop = standing.subscribe();
             let stopped = async move {
                 let told = stop.wait_for(|standing| standing.running > Running::Serving);
@@ -209,12 +208,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             };
             (
                 Some(bound),
-                Some(tokio::spawn(http::serve(
-                    listener,
-                    config.http.max_connections.get(),
-                    state,
-                    stopped,
-                ))),
+                Some(tokio::spawn(http::serve(listener, state, stopped))),
             )
         }
     };

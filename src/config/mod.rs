@@ -326,6 +326,14 @@ pub enum Wake {
 pub struct Http {
     /// Connections served at once; more are refused with 503.
     pub max_connections: NonZeroUsize,
+    /// Of the control role, for what is asked over HTTP.
+    pub pool_size: NonZeroUsize,
+    /// How long a request's head may take, and a connection may be idle.
+    pub header_timeout: Duration,
+    /// How long a client may read nothing of what waits for it.
+    pub write_timeout: Duration,
+    /// How often a stream asks again whether it is still allowed.
+    pub recheck: Duration,
     pub jwt_secret: Option<Secret>,
     /// A file with the keys that verify JWTs.
     pub jwks: Option<PathBuf>,
