@@ -24,7 +24,7 @@ use crate::client::verifiers::VerifierError;
 use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
-use crate::http::{self, HttpState, JwksError, Readiness};
+use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::pool::checkout::ClientIds;
@@ -200,7 +200,11 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             let socket = accept::bind(address, config.listen.reuse_port).map_err(failed)?;
             let listener = TcpListener::from_std(socket).map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            let state = HttpState::new(&config, &hubs, &registry, readiness)?;
+            let place = Place {
+                postgres,
+                database: config.primary.database.clone(),
+            };
+            let state = HttpState::new(&config, &hubs, &registry, readiness, place)?;
             let mut stop = standing.subscribe();
             let stopped = async move {
                 let told = stop.wait_for(|standing| standing.running > Running::Serving);

@@ -6,6 +6,7 @@
 mod api;
 mod cors;
 mod counters;
+mod dashboard;
 mod db;
 mod identity;
 mod jwt;
@@ -48,6 +49,7 @@ pub use jwt::JwksError;
 
 use cors::Origins;
 use counters::Counters;
+pub(crate) use dashboard::Place;
 use db::Database;
 use identity::Guard;
 use seats::{Seated, Seats};
@@ -74,6 +76,8 @@ pub(crate) struct Parts {
     starting: Starting,
     counters: Counters,
     limits: Limits,
+    /// Where the page says that Postgres' protocol is spoken.
+    place: Place,
     stop: watch::Sender<bool>,
     /// True once we go: streams end.
     stopping: watch::Receiver<bool>,
@@ -99,6 +103,7 @@ impl HttpState {
         hubs: &Hubs,
         registry: &Arc<Registry>,
         ready: watch::Receiver<Readiness>,
+        place: Place,
     ) -> Result<Self, JwksError> {
         let http = &config.http;
         let database = Arc::new(Database::new(
@@ -123,6 +128,7 @@ impl HttpState {
                 header_timeout: http.header_timeout,
                 write_timeout: http.write_timeout,
             },
+            place,
             stop,
             stopping,
         })))
@@ -219,6 +225,7 @@ fn router(state: HttpState) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
+        .merge(dashboard::routes(&state.place).layer(CompressionLayer::new()))
         .merge(answers)
         .merge(streams)
         .layer(from_fn_with_state(state.origins.clone(), cors::apply))
@@ -327,7 +334,11 @@ mod tests {
             &registry,
             Handle::current(),
         );
-        let state = HttpState::new(&config, &hubs, &registry, receiver).unwrap();
+        let place = Place {
+            postgres: addr,
+            database: "app".to_owned(),
+        };
+        let state = HttpState::new(&config, &hubs, &registry, receiver, place).unwrap();
         let shutdown = async { drop(stopped.await) };
         Server {
             addr,
@@ -395,6 +406,28 @@ mod tests {
             "{answer}"
         );
         assert!(answer.ends_with("\nflowgate_x_total 42\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn the_page_and_its_files_are_served_with_what_they_need() {
+        let server = start(Readiness::Ready).await;
+        let page = ask(server.addr, "GET /").await;
+        assert!(page.starts_with("HTTP/1.1 200 "), "{page}");
+        for header in [
+            "content-type: text/html; charset=utf-8\r\n",
+            "content-security-policy: default-src 'none';",
+            "cache-control: no-cache\r\n",
+        ] {
+            assert!(page.contains(header), "{header}: {page}");
+        }
+        let address = format!("data-postgres=\"{}\" data-database=\"app\"", server.addr);
+        assert!(page.contains(&address), "{page}");
+        for (name, kind) in [("app.js", "text/javascript"), ("style.css", "text/css")] {
+            let file = ask(server.addr, &format!("GET /dashboard/{name}")).await;
+            assert!(file.starts_with("HTTP/1.1 200 "), "{file}");
+            let kind = format!("content-type: {kind}; charset=utf-8\r\n");
+            assert!(file.contains(&kind), "{file}");
+        }
     }
 
     #[tokio::test]
