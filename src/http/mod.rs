@@ -1,4 +1,4 @@
-//! The HTTP plane: health, readiness and numbers for everybody; and for whom `identity` knows, what a run is and its events: as
+//! The HTTP plane: health, readiness, numbers and the dashboard's files for everybody; and for whom `identity` knows, what a run is and its events: as
 //! JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`, `realtime`). It serves the
 //! database of `primary.url`. Never touches a client's or server's socket of the data plane. Started by `app.rs` with the
 //! socket it bound.

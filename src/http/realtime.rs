@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-use tracing::debug;
+use tracing::{debug, warn};
 use uuid::Uuid;
 
 use super::HttpState;
@@ -554,9 +554,17 @@ impl Connection {
             return;
         };
         let made = self.state.database.ask_ourselves(&made_up_sql(run)).await;
-        let Ok(made) = made else {
-            self.rejoin(topic);
-            return;
+        let made = match made {
+            Ok(made) => made,
+            // What the control role may not read will not be told by joining again either.
+            Err(error @ DbError::Postgres { .. }) => {
+                warn!(%error, "a run's state cannot be told in place of events that are gone");
+                return;
+            }
+            Err(_) => {
+                self.rejoin(topic);
+                return;
+            }
         };
         let json = made.single().unwrap_or_else(|| "[]".to_owned());
         for (name, payload) in made_up_events(&json) {

@@ -7,6 +7,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, RawQuery, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::Response;
+use futures_util::StreamExt;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -150,7 +151,8 @@ fn until_written(response: Response, hold: Hold) -> Response {
         let bytes = axum::body::to_bytes(body?, usize::MAX).await;
         Some((bytes, (None, hold)))
     });
-    Response::from_parts(parts, Body::from_stream(body))
+    // Whoever compresses it asks once more after its end.
+    Response::from_parts(parts, Body::from_stream(body.fuse()))
 }
 
 fn call_sql(

@@ -20,6 +20,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::Bytes;
+use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -384,7 +385,7 @@ impl Stream {
             let bytes = stream.bytes().await?;
             Some((Ok::<_, Infallible>(bytes), stream))
         });
-        let mut response = Response::new(Body::from_stream(events));
+        let mut response = Response::new(Body::from_stream(events.fuse()));
         let headers = response.headers_mut();
         for (name, value) in [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),

@@ -30,6 +30,9 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
         Box::pin(pgflow_client())
     }),
     ("dashboard_in_a_browser", || Box::pin(dashboard())),
+    ("pgflow_client_over_supabase_js", || {
+        Box::pin(pgflow_realtime_client())
+    }),
     ("console_python", || Box::pin(python("console_day.py"))),
     ("console_node", || Box::pin(node("console_day.cjs"))),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
@@ -79,6 +82,22 @@ async fn pgflow_client() -> Outcome {
     let outcome = said_done(command).await;
     proxy.shut_down().await;
     outcome
+}
+
+/// Starts and kills Flowgates of its own.
+async fn pgflow_realtime_client() -> Outcome {
+    let packages = match fetch::node("node").await {
+        Ok(packages) => packages,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let db = pg::fresh_database().await;
+    let mut command = Command::new("node");
+    command
+        .arg(fetch::source("node").join("realtime_day.cjs"))
+        .env("NODE_PATH", packages)
+        .env("FLOWGATE_BIN", env!("CARGO_BIN_EXE_flowgate"))
+        .env("FLOWGATE_PRIMARY", &db.primary_url);
+    said_done(command).await
 }
 
 /// Two proxies before one database: one that shows strangers everything, one that asks for a key.

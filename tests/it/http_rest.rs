@@ -63,6 +63,29 @@ async fn a_run_is_started_and_read_as_the_functions_say_it() {
     let body = format!("{{\"run_id\":\"{}\"}}", run(1));
     let read = call(at, "get_run_with_states", &[], &body).await;
     assert_eq!(read.json()["run"], started.json()["run"]);
+    // Compressed or not, the connection goes on after it.
+    for packing in ["gzip", "identity"] {
+        let accept = format!("accept-encoding: {packing}");
+        let key = format!("apikey: {KEY}");
+        let body = r#"{"flow_slug":"f","input":{}}"#;
+        let request = format!(
+            "POST /rest/v1/rpc/start_flow_with_states HTTP/1.1\r\nhost: x\r\n{key}\r\n{accept}\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let request =
+            format!("{request}GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let said = crate::support::http::exchange(at, request.as_bytes()).await;
+        assert!(
+            said.starts_with("HTTP/1.1 200 OK\r\n") && said.ends_with("ok\n"),
+            "{said}"
+        );
+        assert_eq!(
+            said.contains("content-encoding: gzip"),
+            packing == "gzip",
+            "{said}"
+        );
+    }
     let body = format!("{{\"run_id\":\"{}\"}}", run(2));
     let unknown = call(at, "get_run_with_states", &[], &body).await;
     assert_eq!((unknown.status, unknown.body.as_str()), (200, "null"));

@@ -147,6 +147,16 @@ pub(crate) async fn ask(
     }
 }
 
+/// What comes back for these bytes until the server closes.
+pub(crate) async fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    socket.write_all(bytes).await.unwrap();
+    let mut answer = Vec::new();
+    let read = timeout(PATIENCE, socket.read_to_end(&mut answer));
+    read.await.expect("an end").unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
 struct Reading {
     socket: TcpStream,
     bytes: Vec<u8>,
