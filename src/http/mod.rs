@@ -1,7 +1,7 @@
-//! The HTTP plane: health, readiness, numbers and the dashboard's files for everybody; and for whom `identity` knows, what a run is and its events: as
-//! JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`, `realtime`). It serves the
-//! database of `primary.url`. Never touches a client's or server's socket of the data plane. Started by `app.rs` with the
-//! socket it bound.
+//! The HTTP plane: health, readiness, numbers and the dashboard's files for everybody; and for whom `identity` knows, what a
+//! run is and its events: as JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`,
+//! `realtime`). It serves the database of `primary.url`. Never touches a client's or server's socket of the data plane. Started
+//! by `app.rs` with the socket it bound.
 
 mod api;
 mod cors;

@@ -441,10 +441,12 @@ fn results(args: &Args, cluster: &Cluster) -> io::Result<PathBuf> {
     Ok(results)
 }
 
+/// Functions are revoked from PUBLIC, or whoever can use the schema could start runs.
 async fn admit_viewer(primary: &str) -> Result<(), tokio_postgres::Error> {
     let admin = crate::embedded::connect(primary).await?;
     let script = format!(
         "do $$ begin create role {VIEWER}; exception when duplicate_object then null; end $$;
+         revoke execute on all functions in schema pgflow from public;
          grant usage on schema pgflow to {VIEWER}; grant select on all tables in schema pgflow to {VIEWER};
          grant execute on function pgflow.get_run_with_states(uuid) to {VIEWER}"
     );
