@@ -6,6 +6,11 @@ const BACKOFF_MAX = 5000;
 // The server says something every 15 s.
 const SILENCE_MAX = 40_000;
 
+/** Numbers that JavaScript has no room for keep their digits, where the browser can do that: they are shown, not counted with. */
+export const read = JSON.rawJSON
+  ? (text) => JSON.parse(text, (_, value, { source }) => (typeof value === "number" && String(value) !== source ? JSON.rawJSON(source) : value))
+  : JSON.parse;
+
 export class Refused extends Error {
   constructor(status, words) {
     super(words);
@@ -34,7 +39,7 @@ async function refusal(answer) {
 export async function get(path, signal) {
   const answer = await fetch(path, { headers: headers(), signal, cache: "no-store" });
   if (!answer.ok) throw await refusal(answer);
-  return answer.json();
+  return read(await answer.text());
 }
 
 /** Calls `on.event(data, id, name)` for each message until `signal` aborts; comes back by itself behind the last id. */
@@ -68,7 +73,7 @@ export async function stream(path, signal, on, cursor) {
     } catch (error) {
       if (signal.aborted) break;
       if (error instanceof Refused && error.status < 500) {
-        on.state?.("away");
+        on.state?.("off");
         on.refused?.(error);
         return;
       }

@@ -15,7 +15,7 @@ let page = null;
 const shell = {
   live(state) {
     live.dataset.state = state;
-    live.textContent = state === "live" ? "live" : "reconnecting";
+    live.textContent = { live: "live", away: "reconnecting", off: "not live" }[state];
   },
   askKey(why) {
     if (keyDialog.open) return;

@@ -1,7 +1,7 @@
 // One run, live: its graph, its waterfall, what went in and came out, and every event. Events say what changed; rows, read again
 // while the run goes on, say how far maps and tries are. A state only moves upwards, so whichever comes first is right.
 
-import { Refused, get, stream } from "/dashboard/api.js";
+import { Refused, get, read as parsed, stream } from "/dashboard/api.js";
 import { badge, clock, copier, h, keep, moment, payload, seconds } from "/dashboard/dom.js";
 import { Graph } from "/dashboard/graph.js";
 import { snippetCard } from "/dashboard/snippets.js";
@@ -81,7 +81,7 @@ export function runPage(main, id, shell) {
 
   function hear(text, position) {
     let event;
-    try { event = JSON.parse(text); } catch { return; }
+    try { event = parsed(text); } catch { return; }
     const gap = event.event_type === "gap";
     // At least once: what came before comes no second time.
     if (!gap && event.seq !== undefined) {
@@ -122,7 +122,7 @@ export function runPage(main, id, shell) {
     return box;
   }
 
-  const pretty = (text) => { try { return JSON.stringify(JSON.parse(text), null, 2); } catch { return text; } };
+  const pretty = (text) => { try { return JSON.stringify(parsed(text), null, 2); } catch { return text; } };
 
   // ---- rows ----
 

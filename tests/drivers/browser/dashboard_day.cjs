@@ -14,6 +14,8 @@ const PAGES = 50;
 const LANES = 6;
 const PATIENCE = { timeout: 30_000 };
 const EVIL = "<script>window.taken = true</script><img src=x onerror='window.taken = true'>";
+// More than a JavaScript number holds.
+const BIG = "12345678901234567891";
 const WORKER = "bbbbbbbb-0000-4000-8000-000000000001";
 const SIZE_MAX = 300_000;
 
@@ -101,8 +103,8 @@ async function main() {
   await page.goto(FLOWGATE_HTTP);
   await shown("No run yet");
   await shown("live", "#live");
-  const input = { site: "https://example.org", note: EVIL, words: Array.from({ length: 900 }, (_, at) => `word ${at}`) };
-  const { rows: [{ run_id: run }] } = await client.query("select run_id from pgflow.start_flow($1, $2)", [FLOW, JSON.stringify(input)]);
+  const input = { site: "https://example.org", note: EVIL, account: BIG, words: Array.from({ length: 900 }, (_, at) => `word ${at}`) };
+  const { rows: [{ run_id: run }] } = await client.query("select run_id from pgflow.start_flow($1, $2)", [FLOW, JSON.stringify(input).replace(`"${BIG}"`, BIG)]);
   await page.waitForSelector(`tr[data-run="${run}"] .badge[data-status="started"]`);
 
   // By keyboard alone to the run.
@@ -120,6 +122,7 @@ async function main() {
   assert.ok(!(await page.$eval(".payload pre", (pre) => pre.textContent)).includes("word 899"));
   await page.$$eval(".payload button", (buttons) => buttons.find((button) => button.textContent.startsWith("Show all")).click());
   await shown("word 899", ".payload pre");
+  await shown(`"account": ${BIG}`, ".payload pre");
 
   // The worker begins; one task fails and backs off, twenty-odd wait at their gate.
   let stopped = false;
