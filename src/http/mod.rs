@@ -7,6 +7,8 @@ mod api;
 mod cors;
 mod counters;
 mod db;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod identity;
 mod jwt;
 mod phoenix;
@@ -164,9 +166,12 @@ pub(crate) async fn serve(
             Some(_ended) = connections.join_next(), if !connections.is_empty() => {}
         }
     }
+    let vacated = seats.vacated();
     drop(seats);
     state.stop.send_replace(true);
     while connections.join_next().await.is_some() {}
+    // Sockets live in tasks of their own.
+    vacated.await;
     Ok(())
 }
 
