@@ -121,6 +121,11 @@ impl Database {
 
     /// What only reads is asked once more if a kept connection turns out to be dead.
     pub(super) async fn ask(&self, question: &Question<'_>) -> Result<Answer, DbError> {
+        // Quoted or not, SET ROLE takes that word for the login role itself. (sql-set-role.html)
+        if let Some(identity) = question.identity.filter(|identity| identity.role == "none") {
+            let role = &identity.role;
+            return Err(DbError::Role(format!("role \"{role}\" cannot be taken")));
+        }
         let script = script(question);
         loop {
             let lease = self.lease().await?;

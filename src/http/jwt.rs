@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::{URL_SAFE, URL_SAFE_NO_PAD};
-use ring::{hmac, signature};
+use ring::{hmac as mac, signature};
 use serde_json::{Map, Value};
 
 /// Clocks of others may differ that much.
@@ -50,7 +50,7 @@ pub(super) struct Claims {
 
 #[derive(Debug, Default)]
 pub(super) struct Keys {
-    secret: Option<hmac::Key>,
+    secret: Option<mac::Key>,
     public: Vec<PublicKey>,
 }
 
@@ -74,7 +74,7 @@ impl Keys {
             None => Vec::new(),
         };
         Ok(Self {
-            secret: secret.map(|secret| hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes())),
+            secret: secret.map(|secret| mac::Key::new(mac::HMAC_SHA256, secret.as_bytes())),
             public,
         })
     }
@@ -102,7 +102,7 @@ impl Keys {
                     .secret
                     .as_ref()
                     .ok_or(Refusal::Invalid("no secret to verify the JWT with"))?;
-                hmac::verify(key, signed.as_bytes(), &mark).is_ok()
+                mac::verify(key, signed.as_bytes(), &mark).is_ok()
             }
             Some(alg @ ("RS256" | "ES256" | "EdDSA")) => {
                 let mut fitting = self.public.iter().filter(|key| {
@@ -278,8 +278,8 @@ mod tests {
     }
 
     fn shared(secret: &str) -> impl Fn(&[u8]) -> Vec<u8> {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
-        move |signed| hmac::sign(&key, signed).as_ref().to_vec()
+        let key = mac::Key::new(mac::HMAC_SHA256, secret.as_bytes());
+        move |signed| mac::sign(&key, signed).as_ref().to_vec()
     }
 
     fn keys() -> Keys {
@@ -390,7 +390,7 @@ mod tests {
             {"kty": "EC", "crv": "P-521", "x": "AA", "y": "AA"},
         ]});
         let keys = Keys {
-            secret: Some(hmac::Key::new(hmac::HMAC_SHA256, SECRET.as_bytes())),
+            secret: Some(mac::Key::new(mac::HMAC_SHA256, SECRET.as_bytes())),
             public: public_keys(&set.to_string()).unwrap(),
         };
         assert_eq!(keys.public.len(), 2);

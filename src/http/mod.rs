@@ -8,6 +8,8 @@ mod cors;
 mod counters;
 mod dashboard;
 mod db;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod identity;
 mod jwt;
 mod phoenix;
@@ -170,9 +172,12 @@ pub(crate) async fn serve(
             Some(_ended) = connections.join_next(), if !connections.is_empty() => {}
         }
     }
+    let vacated = seats.vacated();
     drop(seats);
     state.stop.send_replace(true);
     while connections.join_next().await.is_some() {}
+    // Sockets live in tasks of their own.
+    vacated.await;
     Ok(())
 }
 

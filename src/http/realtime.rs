@@ -456,7 +456,12 @@ impl Connection {
                     return;
                 }
                 // Nobody can say: a database that is away tells no events either.
-                Err(_unknown) => {}
+                Err(_unknown) => {
+                    let soon = sight.soon();
+                    if let Some(channel) = self.channels.get_mut(topic) {
+                        channel.check_at = soon;
+                    }
+                }
             }
         }
         let Some(channel) = self.channels.get_mut(topic) else {
@@ -605,7 +610,11 @@ impl Connection {
     fn say(&mut self, channel: &Channel, topic: &str, event: &str, payload: &Value) {
         let topic = format!("realtime:{topic}");
         let join_ref = channel.join_ref.as_deref();
-        let message = self.version.write(join_ref, None, &topic, event, payload);
+        // By its `ref` supabase-js knows whether an end is that of the channel it has now, or of the one before.
+        let reference = join_ref.filter(|_| event == "phx_close");
+        let message = self
+            .version
+            .write(join_ref, reference, &topic, event, payload);
         self.out.push_back(message);
     }
 }

@@ -247,7 +247,7 @@ pub(super) async fn read(
     Err(refusal)
 }
 
-fn read_sql(table: &str, query: &str) -> Result<String, Refusal> {
+pub(super) fn read_sql(table: &str, query: &str) -> Result<String, Refusal> {
     let mut columns = "to_jsonb(x)::text".to_owned();
     let (mut filters, mut order) = (String::new(), String::new());
     let (mut limit, mut offset) = (ROWS_MAX, 0);

@@ -67,6 +67,15 @@ impl Seats {
         }
     }
 
+    /// Resolves when every connection is gone, those that became sockets too; for once no more are taken.
+    pub(super) fn vacated(&self) -> impl Future<Output = ()> + use<> {
+        let (free, places) = (Arc::clone(&self.free), self.places);
+        async move {
+            let places = u32::try_from(places).unwrap_or(u32::MAX);
+            drop(free.acquire_many_owned(places).await);
+        }
+    }
+
     fn refuse(&self, stream: TcpStream) {
         self.refused.inc();
         let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() else {

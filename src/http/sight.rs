@@ -89,6 +89,11 @@ impl Sight {
         Instant::now() + self.recheck.saturating_sub(self.age_max())
     }
 
+    /// When to look again where nobody could say.
+    pub(super) fn soon(&self) -> Instant {
+        Instant::now() + self.age_max()
+    }
+
     fn age_max(&self) -> Duration {
         (self.recheck / 10).min(YOUNG)
     }

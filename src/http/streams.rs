@@ -296,14 +296,14 @@ impl Start {
 
 /// Where a stream of many runs has got to; see above.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Cursor {
+pub(super) struct Cursor {
     id: i64,
     before: Snapshot,
     now: Snapshot,
 }
 
 impl Cursor {
-    fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('-');
         let (id, before, now) = (parts.next()?, parts.next()?, parts.next()?);
         if text.len() > CURSOR_MAX || parts.next().is_some() {
@@ -454,7 +454,7 @@ impl Stream {
             // The role is gone, or taken from us.
             Err(DbError::Role(message)) => self.refuse("42501", &message),
             // Nobody can say: a database that is away tells no events either.
-            Err(_unknown) => {}
+            Err(_unknown) => self.check_at = self.state.sight.soon(),
         }
     }
 

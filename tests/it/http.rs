@@ -81,6 +81,9 @@ async fn who_is_nobody_is_refused_and_who_may_not_is_told_so() {
         assert_eq!(refused.refusal(), "403 42501", "{path}");
         let refused = get(at, path, &[&bearer(&roles.nobody)]).await;
         assert_eq!(refused.refusal(), "403 42501", "{path}");
+        // The word that would make it the control role itself.
+        let refused = get(at, path, &[&bearer("none")]).await;
+        assert_eq!(refused.refusal(), "403 42501", "{path}");
     }
     // In the URL, for those who set no headers; and what has none of it stays open.
     assert_eq!(

@@ -71,7 +71,7 @@ async function day(PgflowClient, connect, ports, sql, role, flowgate) {
   const late = await new PgflowClient(supabase).getRun(runs[0])
   assert.strictEqual(late.status, 'completed')
   assert.strictEqual(await pgflow.getRun(randomUUID()), null)
-  await assert.rejects(pgflow.startFlow('no_such_flow', {}), /flow/i)
+  await assert.rejects(pgflow.startFlow('no_such_flow', {}), (error) => error.code === '23503')
 
   // Found half-way by another client.
   const started = await pgflow.startFlow('greet', { n: 'found' })
