@@ -21,6 +21,8 @@ pub(super) struct Screen {
     colours: bool,
     /// Lines of the picture as it stands.
     drawn: usize,
+    /// What it was made of.
+    last: Vec<String>,
 }
 
 impl Screen {
@@ -35,6 +37,7 @@ impl Screen {
             live,
             colours: live && !set("NO_COLOR"),
             drawn: 0,
+            last: Vec::new(),
         }
     }
 
@@ -46,6 +49,7 @@ impl Screen {
             live: false,
             colours: false,
             drawn: 0,
+            last: Vec::new(),
         }
     }
 
@@ -85,6 +89,10 @@ impl Screen {
 
     /// The picture, in place of the last. Cut to what the terminal holds, or the next would land in the wrong place.
     pub(super) fn draw(&mut self, picture: &[String]) -> io::Result<()> {
+        if self.drawn > 0 && self.last == picture {
+            return Ok(());
+        }
+        self.last = picture.to_vec();
         let mut text = String::new();
         if self.drawn > 0 {
             text.push_str(&format!("\x1b[{}A", self.drawn));

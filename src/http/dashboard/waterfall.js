@@ -49,7 +49,7 @@ export class Waterfall {
     this.select = select;
     this.open = new Set();
     this.all = new Set();
-    this.grid = h("div", { class: "waterfall", role: "table", "aria-label": "When each step and task waited and ran" });
+    this.grid = h("div", { class: "waterfall", role: "group", "aria-label": "When each step and task waited and ran" });
     const legend = h("div", { class: "legend" }, PHASES.map(([phase, word]) => h("span", {}, h("i", { class: `phase-${phase}` }), word)));
     this.element = h("div", { class: "body stack" }, legend, this.grid);
   }
@@ -96,7 +96,7 @@ export class Waterfall {
   row(row) {
     const label = row.tasks ? `${this.open.has(row.key) ? "▾" : "▸"} ${row.name}` : row.name;
     const name = h("button", {
-      type: "button", class: "name", role: "rowheader", title: row.name, "data-row": row.key,
+      type: "button", class: "name", title: row.name, "data-row": row.key,
       "aria-expanded": row.tasks ? String(this.open.has(row.key)) : null,
       onclick: () => {
         if (row.more) this.all.add(row.more);
@@ -105,7 +105,7 @@ export class Waterfall {
         this.select(row.step?.slug ?? null);
       },
     }, label);
-    return h("div", { class: `row${row.step ? "" : " task"}`, role: "row" }, name,
-      h("div", { class: "lane", role: "cell" }, row.spans.map(() => h("i"))), h("div", { class: "took", role: "cell" }));
+    return h("div", { class: `row${row.step ? "" : " task"}` }, name,
+      h("div", { class: "lane", "aria-hidden": "true" }, row.spans.map(() => h("i"))), h("div", { class: "took" }));
   }
 }
