@@ -26,7 +26,7 @@ use crate::client::{
 };
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
-use crate::http::{self, HttpState, Readiness};
+use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::pool::checkout::ClientIds;
@@ -61,6 +61,8 @@ pub enum AppError {
         address: SocketAddr,
         source: io::Error,
     },
+    #[error("http.jwks: {0}")]
+    Jwks(#[from] JwksError),
     #[error("listen.tls: {0}")]
     Tls(#[source] io::Error),
     #[error("{0}")]
@@ -201,10 +203,11 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             let socket = accept::bind(address, config.listen.reuse_port).map_err(failed)?;
             let listener = TcpListener::from_std(socket).map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            let state = HttpState {
-                registry: Arc::clone(&registry),
-                ready: readiness,
+            let place = Place {
+                postgres,
+                database: config.primary.database.clone(),
             };
+            let state = HttpState::new(&config, &hubs, &registry, readiness, place)?;
             let mut stop = standing.subscribe();
             let stopped = async move {
                 let told = stop.wait_for(|standing| standing.running > Running::Serving);
@@ -212,12 +215,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             };
             (
                 Some(bound),
-                Some(tokio::spawn(http::serve(
-                    listener,
-                    config.http.max_connections.get(),
-                    state,
-                    stopped,
-                ))),
+                Some(tokio::spawn(http::serve(listener, state, stopped))),
             )
         }
     };

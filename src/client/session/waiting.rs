@@ -95,6 +95,8 @@ impl Session {
                     self.client.output.extend_from_slice(&frame);
                     self.shared.counters.notifications.inc();
                 }
+                // A session takes frames.
+                Delivery::Event(_) => {}
                 Delivery::Cut(reason) => return Err(SessionError::Cut(format!("{reason:?}"))),
             }
             if self.client.output.len() > ASIDE_MAX {
