@@ -23,6 +23,7 @@ use super::roster::{Kind, Listed, Newcomer};
 use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
+use crate::classify::Worth;
 use crate::config::{ClientTls, PoolMode};
 use crate::pool::checkout::Wish;
 use crate::server::auth::Credentials;
@@ -385,6 +386,7 @@ async fn introduce(
         client: id,
         opening: &login.opening,
         application_name: &login.application_name,
+        worth: Worth::default(),
     };
     let seen = pool.log_in(wish).await;
     drop(pool);

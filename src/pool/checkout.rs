@@ -20,6 +20,7 @@ use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
 use super::shelf::{Bounds, ClientId, Offer, Put, Shelf, Shelved, Take};
 use super::stats::DatabaseStats;
+use crate::classify::Worth;
 use crate::config;
 use crate::metrics::Counter;
 use crate::server::auth::Credentials;
@@ -72,6 +73,24 @@ type Waker = oneshot::Sender<Grant>;
 struct Books {
     shelf: Shelf<Box<Pooled>, Waker>,
     terms: Terms,
+}
+
+impl Books {
+    /// How long a request may wait that is worth so little that it is refused for others' sake; `None`: as long as any. Too much
+    /// is a queue that a burst does not explain; once that has lasted a while, waiting any longer has no prospect.
+    /// (controlled delay: queue.acm.org/detail.cfm?id=2839461)
+    fn patience(&self, worth: Worth, now: Instant, shed: &config::Shed) -> Option<Duration> {
+        if worth > Worth::Read || self.shelf.is_paused() {
+            return None;
+        }
+        let ordinary = (self.shelf.bounds().size * QUEUE_A_SERVER).max(QUEUE_MIN);
+        if self.shelf.counts().waiting <= ordinary {
+            return None;
+        }
+        let oldest = self.shelf.waiting_since()?;
+        let stands = now.saturating_duration_since(oldest) > shed.window;
+        Some(if stands { shed.target } else { shed.window })
+    }
 }
 
 /// What a pool heeds of `[pool]` beside its bounds.
@@ -134,6 +153,8 @@ pub(super) struct Counters {
     pub(super) failed: Arc<Counter>,
     pub(super) waited: Arc<Counter>,
     pub(super) timed_out: Arc<Counter>,
+    /// By worth.
+    pub(super) shed: [Arc<Counter>; Worth::ALL.len()],
     pub(super) abandoned: Arc<Counter>,
     pub(super) reserve: Arc<Counter>,
     pub(super) evicted: Arc<Counter>,
@@ -142,6 +163,7 @@ pub(super) struct Counters {
 /// What all pools share.
 pub(super) struct Common {
     pub(super) counters: Counters,
+    pub(super) shed: config::Shed,
     pub(super) control: Handle,
     /// A server was closed, or a pool stands otherwise than before.
     pub(super) changed: Notify,
@@ -161,6 +183,8 @@ pub(crate) struct Pool {
     /// Rises when every server opened so far is to be closed: also the ones that are just being opened.
     generation: AtomicU64,
     opening: AtomicUsize,
+    /// Requests refused under load, by worth.
+    shed: [AtomicU64; Worth::ALL.len()],
     /// Clients that belong here, and how one of them opened its session last.
     members: AtomicUsize,
     last_opening: Mutex<Option<Arc<Opening>>>,
@@ -176,6 +200,9 @@ pub(crate) struct Seen {
     pub(crate) pid: u32,
 }
 
+/// A queue up to that long is a burst, or long transactions: so many a server, and in all.
+const QUEUE_A_SERVER: usize = 4;
+const QUEUE_MIN: usize = 32;
 /// Openings remembered a pool.
 const SEEN_MAX: usize = 64;
 
@@ -185,6 +212,7 @@ pub(crate) struct Wish<'a> {
     pub(crate) client: ClientId,
     pub(crate) opening: &'a Arc<Opening>,
     pub(crate) application_name: &'a str,
+    pub(crate) worth: Worth,
 }
 
 #[derive(Debug, Error)]
@@ -193,6 +221,13 @@ pub(crate) enum CheckoutError {
     Connect(#[from] ConnectError),
     #[error("no server came free within {0:?}")]
     TimedOut(Duration),
+    /// There is more to do than can be done, and this is worth least.
+    #[error("shed after waiting {waited:?}")]
+    Shed {
+        worth: Worth,
+        waited: Duration,
+        waiting: usize,
+    },
     #[error("cancelled while waiting for a server")]
     Cancelled,
     #[error("the upstream is not there any more")]
@@ -204,6 +239,10 @@ pub(crate) enum CheckoutError {
 /// How a pool stands, for the console.
 pub(crate) struct Standing {
     pub(crate) counts: Counts,
+    pub(crate) size: usize,
+    /// By worth.
+    pub(crate) waiting: [usize; Worth::ALL.len()],
+    pub(crate) shed: [u64; Worth::ALL.len()],
     pub(crate) opening: usize,
     /// Numbers of the idle servers.
     pub(crate) idle: Vec<u64>,
@@ -232,6 +271,7 @@ impl Pool {
             servers: Mutex::default(),
             generation: AtomicU64::new(0),
             opening: AtomicUsize::new(0),
+            shed: Default::default(),
             members: AtomicUsize::new(0),
             last_opening: Mutex::default(),
             warming: AtomicBool::new(false),
@@ -250,9 +290,17 @@ impl Pool {
         let books = lock(&self.books);
         let counts = books.shelf.counts();
         let idle = books.shelf.idle().map(|idle| idle.conn.record.id).collect();
+        let size = books.shelf.bounds().size;
+        let waiting = books.shelf.waiting_by_worth();
         drop(books);
         Standing {
             counts,
+            size,
+            waiting,
+            shed: self
+                .shed
+                .each_ref()
+                .map(|shed| shed.load(Ordering::Relaxed)),
             idle,
             opening: self.opening.load(Ordering::Relaxed),
             servers: self.servers(),
@@ -312,6 +360,7 @@ impl Pool {
         loop {
             let now = Instant::now();
             let mut receiver = None;
+            let patience;
             let taken = {
                 let mut ask = Ask(&self.budget);
                 let wake = || {
@@ -320,9 +369,12 @@ impl Pool {
                     sender
                 };
                 let mut books = lock(&self.books);
-                books
-                    .shelf
-                    .take(wish.client, wish.opening, now, &mut ask, wake)
+                let taken =
+                    books
+                        .shelf
+                        .take(wish.client, wish.opening, wish.worth, now, &mut ask, wake);
+                patience = books.patience(wish.worth, now, &self.common.shed);
+                taken
             };
             match taken {
                 Take::Ready(server) => match self.fit(server).await {
@@ -340,7 +392,7 @@ impl Pool {
                     if starved {
                         self.starve();
                     }
-                    return self.wait(wished, receiver, wish, within).await;
+                    return self.wait(wished, receiver, wish, within, patience).await;
                 }
             }
         }
@@ -381,6 +433,7 @@ impl Pool {
         mut receiver: oneshot::Receiver<Grant>,
         wish: Wish<'_>,
         within: Option<Duration>,
+        patience: Option<Duration>,
     ) -> Result<Checkout, CheckoutError> {
         self.common.counters.waited.inc();
         let terms = lock(&self.books).terms;
@@ -388,6 +441,8 @@ impl Pool {
         let within = within.map_or(terms.checkout_timeout, |within| {
             within.min(terms.checkout_timeout)
         });
+        let sheds = patience.filter(|patience| *patience < within);
+        let within = sheds.unwrap_or(within);
         let mut reserve = terms.reserve_timeout.map(|patience| began + patience);
         let granted = loop {
             tokio::select! {
@@ -404,6 +459,15 @@ impl Pool {
         match granted {
             Some(Grant::Server(checkout)) => Ok(checkout),
             Some(Grant::Slot(slot)) => self.open(slot, wish).await,
+            None if sheds.is_some() => {
+                self.common.counters.shed[wish.worth as usize].inc();
+                self.shed[wish.worth as usize].fetch_add(1, Ordering::Relaxed);
+                Err(CheckoutError::Shed {
+                    worth: wish.worth,
+                    waited: began.elapsed(),
+                    waiting: self.counts().waiting,
+                })
+            }
             None => {
                 self.common.counters.timed_out.inc();
                 Err(CheckoutError::TimedOut(within))
@@ -642,6 +706,7 @@ impl Pool {
                     client: 0,
                     opening: &opening,
                     application_name: "",
+                    worth: Worth::default(),
                 };
                 match pool.open(slot, wish).await {
                     Ok(server) => match reset::prove(&server) {

@@ -38,6 +38,7 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
+            worth: self.request.worth,
         });
         let (mut lease, waited) = match taken {
             Some(lease) => (lease, Duration::ZERO),
@@ -87,6 +88,7 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
+            worth: self.request.worth,
         };
         let began = Instant::now();
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
