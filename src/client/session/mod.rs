@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use self::tally::Tally;
 use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
-use super::prepared::Prepared;
+use super::prepared::{self, Prepared};
 use super::request::{BatchEnd, Grouping, Unit};
 use super::roster::{Entry, Kind, Listed, Newcomer};
 use super::run_tokens::Writing;
@@ -115,8 +115,6 @@ struct Request {
     bound: usize,
     /// By its first part.
     worth: Worth,
-    /// Statements the server holds under this client's own names, for the request's SQL.
-    lent: Vec<Vec<u8>>,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers.
@@ -448,6 +446,7 @@ impl Session {
         if after == TxStatus::Idle {
             self.end_transaction(ending, consequences, now).await?;
         }
+        self.close_books();
         if consequences.notified {
             self.hear_own().await?;
         }
@@ -477,7 +476,6 @@ impl Session {
         {
             self.prepared.forget_all();
             lease.statements.clear();
-            lease.to_close.clear();
         }
         if consequences.discarded_all {
             self.prepared.forget_unnamed();
@@ -515,6 +513,7 @@ impl Session {
         }
         self.state.forget_transaction();
         self.take_back_subscriptions().await?;
+        self.close_books();
         if self.state.pins.is_empty() || self.replica.is_some() {
             self.check_in().await;
         }
@@ -523,6 +522,9 @@ impl Session {
 
     fn begin_extended(&mut self) {
         self.exchange.begin(true, Phase::Open);
+        if let Some(lease) = self.lease.as_mut() {
+            prepared::put_closes(lease, &mut self.exchange.expected);
+        }
         self.request.effects.clear();
         self.request.bound = 0;
         self.request.settled = false;
