@@ -209,6 +209,8 @@ pub(crate) enum Effect {
     Transaction,
     /// Asks which channels the session listens to.
     ListeningChannels,
+    /// Asks which statements the session has prepared.
+    PreparedStatements,
     /// Asks for a value the session drew from a sequence before: `currval`, `lastval`.
     SequenceValue,
     /// DROP or ALTER DATABASE, or CREATE DATABASE from a template: nobody else may be connected to this one.
@@ -248,6 +250,7 @@ impl Classifier {
                 "temp",
                 "database",
                 "listening_channels",
+                "pg_prepared_statement",
                 "pg_notify",
                 "currval",
                 "lastval",

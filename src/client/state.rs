@@ -217,6 +217,7 @@ impl State {
                 | Effect::Deallocate(_)
                 | Effect::Copy
                 | Effect::ListeningChannels
+                | Effect::PreparedStatements
                 | Effect::NeedsDatabaseAlone(_)
                 | Effect::Transaction => {}
             }
