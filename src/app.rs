@@ -21,7 +21,9 @@ use crate::client::live::{Live, Running, Standing};
 use crate::client::shared::{Counters, Order, Seats, Shared};
 pub use crate::client::shared::{Manner, NotReloaded, Reloaded};
 use crate::client::verifiers::VerifierError;
-use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
+use crate::client::{
+    Entrance, Habits, Peers, Replications, RunTokens, StatementRegistry, Verifiers,
+};
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, JwksError, Place, Readiness};
@@ -178,6 +180,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         runs: Arc::new(RunTokens::new(Instant::now())),
         started: Instant::now(),
         asks_for_draws: false.into(),
+        habits: Habits::new(),
         counters: Counters::new(&registry),
     });
 
