@@ -28,6 +28,7 @@ mod reload;
 mod replication;
 mod schema;
 mod session;
+mod shedding;
 mod support;
 mod tls;
 mod transcripts;
