@@ -395,7 +395,7 @@ impl Pool {
     pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>, now: Instant) -> Option<Checkout> {
         let (server, terms) = {
             let mut books = lock(&self.books);
-            let server = books.shelf.take_idle(wish.client, wish.opening)?;
+            let server = books.shelf.take_ready(wish.client, wish.opening)?;
             (server, books.terms)
         };
         let checkout = Checkout::new(server, self);

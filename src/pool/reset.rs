@@ -108,6 +108,9 @@ pub(crate) async fn forget_statements(server: &mut ServerConn) -> Result<(), Res
     for name in server.to_close.drain(..) {
         put_statement_target(&mut server.stream.output, b'C', &name);
     }
+    if std::mem::take(&mut server.probes) {
+        put_statement_target(&mut server.stream.output, b'C', PROBE_NAME);
+    }
     sync(server).await
 }
 

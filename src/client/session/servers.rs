@@ -49,7 +49,8 @@ impl Session {
             None => {
                 self.entry().note_request(began);
                 self.entry().note_waiting(Some(began));
-                let lease = self.wait_for_server(&pool, upstream, began).await;
+                // Boxed, or every idle client would keep room for a wait; who waits has an allocation to pay anyway.
+                let lease = Box::pin(self.wait_for_server(&pool, upstream, began)).await;
                 self.entry().note_waiting(None);
                 (lease?, Instant::now())
             }

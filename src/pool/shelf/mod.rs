@@ -132,6 +132,21 @@ impl<S: Shelved, W> Shelf<S, W> {
         own.or_else(free).map(|at| self.idle.remove(at).server)
     }
 
+    /// The same; or, where no more may be opened, the one idle longest.
+    pub(crate) fn take_ready(&mut self, client: ClientId, kind: &S::Kind) -> Option<S> {
+        if let Some(server) = self.take_idle(client, kind) {
+            return Some(server);
+        }
+        if self.paused || self.open < self.bounds.size {
+            return None;
+        }
+        let at = self
+            .idle
+            .iter()
+            .position(|idle| idle.server.kind() == kind)?;
+        Some(self.idle.remove(at).server)
+    }
+
     /// Affinity first: the client's own server; then one nobody owns; then a new one; then the one idle longest.
     pub(crate) fn take<R: Rooms>(
         &mut self,
@@ -142,7 +157,7 @@ impl<S: Shelved, W> Shelf<S, W> {
         rooms: &mut R,
         wake: impl FnOnce() -> W,
     ) -> Take<S, R::Room> {
-        if let Some(server) = self.take_idle(client, kind) {
+        if let Some(server) = self.take_ready(client, kind) {
             return Take::Ready(server);
         }
         let mut starved = false;
