@@ -21,10 +21,12 @@ use crate::client::live::{Live, Running, Standing};
 use crate::client::shared::{Counters, Order, Seats, Shared};
 pub use crate::client::shared::{Manner, NotReloaded, Reloaded};
 use crate::client::verifiers::VerifierError;
-use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
+use crate::client::{
+    Entrance, Habits, Peers, Replications, RunTokens, StatementRegistry, Verifiers,
+};
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
-use crate::http::{self, HttpState, JwksError, Readiness};
+use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::pool::checkout::ClientIds;
@@ -132,8 +134,14 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         .enumerate()
         .map(|(id, url)| Arc::new(Upstream::new(id, url.clone())))
         .collect();
-    let pools = Pools::new(&upstreams, &config.pool, &registry, control.clone())
-        .map_err(AppError::Upstream)?;
+    let pools = Pools::new(
+        &upstreams,
+        &config.pool,
+        &config.shed,
+        &registry,
+        control.clone(),
+    )
+    .map_err(AppError::Upstream)?;
     let connect_timeout = config.pool.connect_timeout;
     let hubs = Hubs::new(
         config.primary.clone(),
@@ -178,6 +186,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         runs: Arc::new(RunTokens::new(Instant::now())),
         started: Instant::now(),
         asks_for_draws: false.into(),
+        habits: Habits::new(),
         counters: Counters::new(&registry),
     });
 
@@ -200,7 +209,11 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             let socket = accept::bind(address, config.listen.reuse_port).map_err(failed)?;
             let listener = TcpListener::from_std(socket).map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            let state = HttpState::new(&config, &hubs, &registry, readiness)?;
+            let place = Place {
+                postgres,
+                database: config.primary.database.clone(),
+            };
+            let state = HttpState::new(&config, &hubs, &registry, readiness, place)?;
             let mut stop = standing.subscribe();
             let stopped = async move {
                 let told = stop.wait_for(|standing| standing.running > Running::Serving);

@@ -9,6 +9,7 @@
 //! Postgres itself judges the rest. An effect counts only if the statement succeeds, in its transaction.
 
 mod calls;
+mod catalog;
 mod effects;
 mod lexer;
 mod memo;
@@ -25,6 +26,8 @@ use memchr::memchr;
 use memo::Memo;
 use std::sync::Arc;
 use uuid::Uuid;
+
+pub(crate) use self::effects::together;
 
 /// What a text is. One text may hold several statements (simple protocol).
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +52,16 @@ impl Analysis {
         })
     }
 
+    /// A call of a function of which only the server knows which it is.
+    pub(crate) fn opaque() -> Arc<Self> {
+        Arc::new(Self {
+            class: StatementClass::Other,
+            effects: vec![Effect::Opaque(0)],
+            statements: 1,
+            flow: Arg::Absent,
+        })
+    }
+
     /// Whether runs may look different once this has committed. Of statements that call nothing of pgflow's we know
     /// only what they say: a function of the user's own may write to runs, too.
     pub(crate) fn writes_runs(&self) -> bool {
@@ -59,7 +72,52 @@ impl Analysis {
     }
 }
 
+/// What a statement is worth when not all can be served: who waits for a server, and who is refused. The later the more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Worth {
+    /// Asked again soon, and answered elsewhere or a little older as well.
+    Read,
+    /// Nothing is lost but time.
+    Poll,
+    /// More work, where there is too much.
+    Start,
+    #[default]
+    Other,
+    /// Work already paid for; what it completes makes room.
+    Progress,
+}
+
+impl Worth {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Read,
+        Self::Poll,
+        Self::Start,
+        Self::Other,
+        Self::Progress,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Poll => "poll",
+            Self::Start => "start",
+            Self::Other => "other",
+            Self::Progress => "progress",
+        }
+    }
+}
+
 impl StatementClass {
+    pub(crate) fn worth(&self) -> Worth {
+        match self {
+            Self::Read(_) => Worth::Read,
+            Self::Poll(_) => Worth::Poll,
+            Self::Start(_) => Worth::Start,
+            Self::Define | Self::Other => Worth::Other,
+            Self::Progress(_) => Worth::Progress,
+        }
+    }
+
     /// The runs it concerns.
     pub(crate) fn run(&self) -> RunRef {
         match self {
@@ -164,6 +222,8 @@ pub(crate) enum Effect {
     Transaction,
     /// Asks which channels the session listens to.
     ListeningChannels,
+    /// Asks which statements the session has prepared.
+    PreparedStatements,
     /// Asks for a value the session drew from a sequence before: `currval`, `lastval`.
     SequenceValue,
     /// DROP or ALTER DATABASE, or CREATE DATABASE from a template: nobody else may be connected to this one.
@@ -171,6 +231,9 @@ pub(crate) enum Effect {
     /// Does something to the session that can't be followed (a name in another encoding, a DO block that sets):
     /// only this very server connection has that state now.
     Unfollowed,
+    /// Runs code that is not in its text: a DO block, a procedure, a function that is not known. What that does to the session
+    /// only the server can tell. Equal code has equal numbers.
+    Opaque(u32),
 }
 
 /// Texts longer than this are cut into statements, but are no reads and no calls.
@@ -203,6 +266,7 @@ impl Classifier {
                 "temp",
                 "database",
                 "listening_channels",
+                "pg_prepared_statement",
                 "pg_notify",
                 "currval",
                 "lastval",
@@ -271,10 +335,13 @@ impl Classifier {
             First::Query if self.reads == Reads::All => Sight::Candidate,
             First::Transaction if self.words.is_match(text) => Sight::Candidate,
             First::Transaction => Sight::Transaction,
-            First::Copy if self.words.is_match(text) => Sight::Candidate,
+            First::Copy if self.words.is_match(text) || effects::may_call(text) => Sight::Candidate,
             First::Copy => Sight::Copy,
-            First::Query | First::Other if self.words.is_match(text) => Sight::Candidate,
-            First::Query | First::Other => Sight::Plain,
+            First::Query | First::Other | First::Definition if self.words.is_match(text) => {
+                Sight::Candidate
+            }
+            First::Query | First::Other if effects::may_call(text) => Sight::Candidate,
+            First::Query | First::Other | First::Definition => Sight::Plain,
         }
     }
 }
@@ -294,6 +361,8 @@ enum First {
     Query,
     Transaction,
     Copy,
+    /// Names things, whatever their bodies call.
+    Definition,
     Other,
 }
 
@@ -312,6 +381,8 @@ impl First {
             Self::Transaction
         } else if is(&["copy"]) {
             Self::Copy
+        } else if is(effects::DEFINITION) {
+            Self::Definition
         } else if is(&[
             "set",
             "reset",
@@ -352,10 +423,24 @@ fn analyse(text: &[u8], reads: Reads) -> Analysis {
         _ => (StatementClass::Other, Arg::Absent),
     };
     // A read that also did something to its session would have to do it on the primary.
-    let class = if matches!(class, StatementClass::Read(_)) && !found.is_empty() {
-        StatementClass::Other
-    } else {
-        class
+    let class = match class {
+        StatementClass::Read(_)
+            if found
+                .iter()
+                .any(|effect| !matches!(effect, Effect::Opaque(_))) =>
+        {
+            StatementClass::Other
+        }
+        StatementClass::Read(_) => {
+            // All that it calls is known.
+            found.clear();
+            class
+        }
+        StatementClass::Poll(_)
+        | StatementClass::Progress(_)
+        | StatementClass::Start(_)
+        | StatementClass::Define
+        | StatementClass::Other => class,
     };
     Analysis {
         class,

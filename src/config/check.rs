@@ -918,7 +918,7 @@ fn is_origin(text: &str) -> bool {
 }
 
 /// An integer and a unit, nothing between.
-fn parse_duration(text: &str) -> Option<Duration> {
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
     let millis: u64 = match unit {
         "ms" => 1,

@@ -16,7 +16,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::check::{defaults, from_sources};
+pub use self::check::{defaults, from_sources, parse_duration};
 pub use self::cidr::Cidr;
 pub use self::keys::{Key, live_part, need_restart, shown};
 pub use self::layers::{ConfigError, Flags, Problem, Source, environment};

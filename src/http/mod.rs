@@ -1,11 +1,12 @@
-//! The HTTP plane: health, readiness and numbers for everybody; and for whom `identity` knows, what a run is and its events: as
-//! JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`, `realtime`). It serves the
-//! database of `primary.url`. Never touches a client's or server's socket of the data plane. Started by `app.rs` with the
-//! socket it bound.
+//! The HTTP plane: health, readiness, numbers and the dashboard's files for everybody; and for whom `identity` knows, what a
+//! run is and its events: as JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`,
+//! `realtime`). It serves the database of `primary.url`. Never touches a client's or server's socket of the data plane. Started
+//! by `app.rs` with the socket it bound.
 
 mod api;
 mod cors;
 mod counters;
+mod dashboard;
 mod db;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
@@ -50,6 +51,7 @@ pub use jwt::JwksError;
 
 use cors::Origins;
 use counters::Counters;
+pub(crate) use dashboard::Place;
 use db::Database;
 use identity::Guard;
 use seats::{Seated, Seats};
@@ -76,6 +78,8 @@ pub(crate) struct Parts {
     starting: Starting,
     counters: Counters,
     limits: Limits,
+    /// Where the page says that Postgres' protocol is spoken.
+    place: Place,
     stop: watch::Sender<bool>,
     /// True once we go: streams end.
     stopping: watch::Receiver<bool>,
@@ -101,6 +105,7 @@ impl HttpState {
         hubs: &Hubs,
         registry: &Arc<Registry>,
         ready: watch::Receiver<Readiness>,
+        place: Place,
     ) -> Result<Self, JwksError> {
         let http = &config.http;
         let database = Arc::new(Database::new(
@@ -125,6 +130,7 @@ impl HttpState {
                 header_timeout: http.header_timeout,
                 write_timeout: http.write_timeout,
             },
+            place,
             stop,
             stopping,
         })))
@@ -224,6 +230,7 @@ fn router(state: HttpState) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
+        .merge(dashboard::routes(&state.place).layer(CompressionLayer::new()))
         .merge(answers)
         .merge(streams)
         .layer(from_fn_with_state(state.origins.clone(), cors::apply))
@@ -332,7 +339,11 @@ mod tests {
             &registry,
             Handle::current(),
         );
-        let state = HttpState::new(&config, &hubs, &registry, receiver).unwrap();
+        let place = Place {
+            postgres: addr,
+            database: "app".to_owned(),
+        };
+        let state = HttpState::new(&config, &hubs, &registry, receiver, place).unwrap();
         let shutdown = async { drop(stopped.await) };
         Server {
             addr,
@@ -400,6 +411,28 @@ mod tests {
             "{answer}"
         );
         assert!(answer.ends_with("\nflowgate_x_total 42\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn the_page_and_its_files_are_served_with_what_they_need() {
+        let server = start(Readiness::Ready).await;
+        let page = ask(server.addr, "GET /").await;
+        assert!(page.starts_with("HTTP/1.1 200 "), "{page}");
+        for header in [
+            "content-type: text/html; charset=utf-8\r\n",
+            "content-security-policy: default-src 'none';",
+            "cache-control: no-cache\r\n",
+        ] {
+            assert!(page.contains(header), "{header}: {page}");
+        }
+        let address = format!("data-postgres=\"{}\" data-database=\"app\"", server.addr);
+        assert!(page.contains(&address), "{page}");
+        for (name, kind) in [("app.js", "text/javascript"), ("style.css", "text/css")] {
+            let file = ask(server.addr, &format!("GET /dashboard/{name}")).await;
+            assert!(file.starts_with("HTTP/1.1 200 "), "{file}");
+            let kind = format!("content-type: {kind}; charset=utf-8\r\n");
+            assert!(file.contains(&kind), "{file}");
+        }
     }
 
     #[tokio::test]

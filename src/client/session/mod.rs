@@ -3,9 +3,11 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
+//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it
+//! all amounts to.
 
 mod batches;
+mod outside;
 mod replica;
 mod servers;
 mod subscriptions;
@@ -20,6 +22,7 @@ use batches::Remainder;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::outside::Outside;
 use self::tally::Tally;
 use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
@@ -31,13 +34,15 @@ use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, RunRef};
+use crate::classify::{Analysis, Effect, RunRef, Worth};
 use crate::events::Subscriber;
+use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{Exchange, Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView};
 use crate::server::parameters::{Opening, Reported};
+use crate::server::settings::Settings;
 use crate::upstream;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
@@ -90,6 +95,9 @@ pub(super) struct Session {
     /// This client's pools, by upstream, as it came to need them.
     pools: Vec<Option<Member>>,
     lease: Option<Checkout>,
+    /// When a wait for a server has lasted too long, and when the client is told of it.
+    deadline: Alarm,
+    notice: Alarm,
     /// The replica that the lease is, or last was, one of; `None`: the primary's.
     replica: Option<usize>,
 }
@@ -103,6 +111,8 @@ pub(super) struct LoggedIn {
     pub(super) application_name: String,
     pub(super) key: CancelKey,
     pub(super) reported: Reported,
+    /// It begins with these.
+    pub(super) settings: Arc<Settings>,
     pub(super) session_mode: bool,
 }
 
@@ -113,6 +123,8 @@ struct Request {
     effects: Vec<Effect>,
     /// Statements it has bound.
     bound: usize,
+    /// By its first part.
+    worth: Worth,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers.
@@ -162,7 +174,8 @@ impl Source {
 }
 
 impl Session {
-    pub(super) fn new(login: LoggedIn, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(mut login: LoggedIn, shared: Arc<Shared>) -> Self {
+        login.client.rest();
         let mut standing = shared.standing.clone();
         let Standing { running, live } = standing.borrow_and_update().clone();
         let home = shared.pools.pool(&login.opening, upstream::PRIMARY);
@@ -188,7 +201,7 @@ impl Session {
             opening: login.opening,
             key: login.key,
             reported: login.reported,
-            state: State::new(&login.application_name, login.session_mode),
+            state: State::new(login.settings, login.session_mode),
             application_name: login.application_name,
             prepared: Prepared::new(login.id),
             subscriber: None,
@@ -202,12 +215,23 @@ impl Session {
             kept: Vec::new(),
             skip_to_sync: false,
             lease: None,
+            deadline: Alarm::default(),
+            notice: Alarm::default(),
             replica: None,
         }
     }
 
-    /// Serves requests until the client says goodbye.
+    /// Serves requests until the client says goodbye, or is told to go.
     pub(super) async fn run(&mut self) -> Result<(), SessionError> {
+        let outside = Outside::new(self.entry(), &self.standing);
+        tokio::select! {
+            biased;
+            ended = self.serve() => ended,
+            error = outside.ends() => Err(error),
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), SessionError> {
         loop {
             match self.next_unit().await? {
                 Unit::Terminate => return Ok(()),
@@ -269,6 +293,7 @@ impl Session {
             }
         };
         self.transaction.touch(unresolved(analysis.class.run()));
+        self.request.worth = analysis.class.worth();
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Read(run) => {
@@ -332,18 +357,23 @@ impl Session {
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
-        self.run_query(Source::Input, header.whole, &Analysis::other())
+        self.request.worth = Worth::default();
+        self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
 
     /// Parse…Sync, or the part of it up to a Flush.
     async fn extended(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         self.take_survey(Source::Input, len, end);
+        self.request.worth = Worth::default();
         let plan = match self.survey.only() {
-            Some((analysis, run)) => match self.plan(analysis) {
-                Plan::Read(_) => Plan::Read(run),
-                other => other,
-            },
+            Some((analysis, run)) => {
+                self.request.worth = analysis.class.worth();
+                match self.plan(analysis) {
+                    Plan::Read(_) => Plan::Read(run),
+                    other => other,
+                }
+            }
             None => Plan::Primary,
         };
         if self.answers_parse(len, end) {
@@ -468,6 +498,7 @@ impl Session {
         {
             self.prepared.forget_all();
             lease.statements.clear();
+            lease.probes = false;
         }
         if consequences.discarded_all {
             self.prepared.forget_unnamed();
@@ -500,14 +531,18 @@ impl Session {
             }
         }
         if consequences.subscriptions {
-            self.adopt_subscriptions(ending.failed || ending.rolled_back)
-                .await?;
+            Box::pin(self.adopt_subscriptions(ending.failed || ending.rolled_back)).await?;
         }
         self.state.forget_transaction();
         self.take_back_subscriptions().await?;
+        if let Some(code) = self.state.take_opaque()
+            && self.replica.is_none()
+        {
+            self.look_behind(code).await?;
+        }
         self.close_books();
         if self.state.pins.is_empty() || self.replica.is_some() {
-            self.check_in().await;
+            self.check_in(now).await;
         }
         Ok(())
     }
