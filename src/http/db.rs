@@ -121,6 +121,11 @@ impl Database {
 
     /// What only reads is asked once more if a kept connection turns out to be dead.
     pub(super) async fn ask(&self, question: &Question<'_>) -> Result<Answer, DbError> {
+        // On the heap: streams wait by the thousand, and each would have room in it for all that dialling takes.
+        Box::pin(self.asked(question)).await
+    }
+
+    async fn asked(&self, question: &Question<'_>) -> Result<Answer, DbError> {
         // Quoted or not, SET ROLE takes that word for the login role itself. (sql-set-role.html)
         if let Some(identity) = question.identity.filter(|identity| identity.role == "none") {
             let role = &identity.role;

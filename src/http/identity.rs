@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
+use ring::digest;
 use serde_json::{Map, Value, json};
 use subtle::ConstantTimeEq;
 
@@ -21,6 +22,8 @@ pub(super) struct Identity {
     pub(super) expires: Option<i64>,
     /// Brought nothing of its own: "log in" rather than "you may not".
     pub(super) anonymous: bool,
+    /// The same for the same role and claims, and for nobody else: SHA-256 of both.
+    pub(super) print: [u8; 32],
 }
 
 /// Why somebody is nobody: 401.
@@ -49,12 +52,9 @@ impl Guard {
     pub(super) fn new(config: &config::Http) -> Result<Self, JwksError> {
         let stranger_role = config.anon_role.as_deref();
         let of_role = |role: &str| {
-            Arc::new(Identity {
-                role: role.to_owned(),
-                claims: json!({ "role": role }).to_string(),
-                expires: None,
-                anonymous: role == "anon" || stranger_role == Some(role),
-            })
+            let claims = json!({ "role": role }).to_string();
+            let anonymous = role == "anon" || stranger_role == Some(role);
+            Arc::new(Identity::new(role.to_owned(), claims, None, anonymous))
         };
         let secret = config.jwt_secret.as_ref().map(config::Secret::expose);
         Ok(Self {
@@ -118,24 +118,17 @@ impl Guard {
                 .ok_or_else(|| invalid("the JWT has no role claim".to_owned()))?;
             let mut claims: Map<String, Value> = serde_json::from_str(&json).unwrap_or_default();
             claims.insert("role".to_owned(), stranger.role.as_str().into());
-            return Ok(Arc::new(Identity {
-                role: stranger.role.clone(),
-                claims: Value::Object(claims).to_string(),
-                expires,
-                anonymous: true,
-            }));
+            let claims = Value::Object(claims).to_string();
+            let role = stranger.role.clone();
+            return Ok(Arc::new(Identity::new(role, claims, expires, true)));
         };
         // Postgres' text has no NUL.
         if role.contains('\0') || json.contains('\0') {
             return Err(invalid("the JWT's role is no role".to_owned()));
         }
         let strangers = self.stranger.as_ref().map(|stranger| &stranger.role);
-        Ok(Arc::new(Identity {
-            anonymous: role == "anon" || strangers == Some(&role),
-            role,
-            claims: json,
-            expires,
-        }))
+        let anonymous = role == "anon" || strangers == Some(&role);
+        Ok(Arc::new(Identity::new(role, json, expires, anonymous)))
     }
 }
 
@@ -145,6 +138,22 @@ fn invalid(message: String) -> Unauthorized {
 }
 
 impl Identity {
+    fn new(role: String, claims: String, expires: Option<i64>, anonymous: bool) -> Self {
+        let mut both = digest::Context::new(&digest::SHA256);
+        both.update(role.as_bytes());
+        both.update(&[0]);
+        both.update(claims.as_bytes());
+        let mut print = [0; 32];
+        print.copy_from_slice(both.finish().as_ref());
+        Self {
+            role,
+            claims,
+            expires,
+            anonymous,
+            print,
+        }
+    }
+
     /// How long from now; `None`: for good.
     pub(super) fn expires_in(&self) -> Option<std::time::Duration> {
         let left = self.expires?.saturating_sub(jwt::now());

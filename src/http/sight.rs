@@ -45,8 +45,7 @@ impl Rights {
 
 #[derive(PartialEq, Eq, Hash)]
 struct Key {
-    role: String,
-    claims: String,
+    identity: [u8; 32],
     run: Option<Uuid>,
 }
 
@@ -198,8 +197,7 @@ impl Sight {
 
 fn key(identity: &Identity, run: Option<Uuid>) -> Key {
     Key {
-        role: identity.role.clone(),
-        claims: identity.claims.clone(),
+        identity: identity.print,
         run,
     }
 }

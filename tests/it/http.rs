@@ -415,6 +415,39 @@ async fn all_runs_are_followed_over_reconnects_without_a_miss_or_a_double() {
 }
 
 #[tokio::test]
+async fn streams_go_on_while_the_listener_is_killed_again_and_again() {
+    let stage = stage().await;
+    let (core, at) = (&stage.core, stage.at);
+    let reader = bearer(&stage.roles.reader);
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut stream = EventSource::open(at, "/events", &[&reader]).await;
+    let mut told = Told::new();
+    let mut count = 0;
+    let kill = "select count(pg_terminate_backend(pid, 5000)) from pg_stat_activity \
+                where application_name = 'flowgate events' and datname = current_database()";
+    let killer = core.db.connect().await;
+    let follow = async {
+        for _ in 0..10 {
+            count += note(&mut told, &take(&mut stream, 60).await);
+            killer.batch_execute(kill).await.unwrap();
+        }
+        stop.send_replace(true);
+    };
+    tokio::join!(load(core, stopped), follow);
+    let sent = text(&core.client, "select count(*) from flowgate.event").await;
+    note(
+        &mut told,
+        &take(&mut stream, sent.parse::<usize>().unwrap() - count).await,
+    );
+    for (run, seqs) in &told {
+        let whole: Vec<i64> = (1..=seqs.len() as i64).collect();
+        assert_eq!(*seqs, whole, "{run}");
+    }
+    assert!(stage.proxy.metric("flowgate_event_listener_lost_total") > 0);
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
 async fn what_committed_late_under_an_early_id_is_not_passed_over_by_a_resume() {
     let stage = stage().await;
     let (core, at) = (&stage.core, stage.at);
