@@ -104,9 +104,8 @@ impl Survey {
                 Effect::NeedsDatabaseAlone(_)
                     | Effect::Execute(_)
                     | Effect::Deallocate(_)
-                    | Effect::ListeningChannels
                     | Effect::SequenceValue
-            )
+            ) || effect.concerns_listening()
         })
     }
 

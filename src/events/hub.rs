@@ -973,6 +973,11 @@ impl Subscriber {
         self.mailbox.lock().hears_ordinary()
     }
 
+    /// Those, as Postgres names them.
+    pub(crate) fn ordinary_channels(&self) -> HashSet<String> {
+        self.mailbox.lock().ordinary_channels()
+    }
+
     pub(crate) fn unlisten(&self, channel: &str) {
         let spelling = spelling(channel, &Channel::parse(channel));
         let stream = self.mailbox.lock().find(spelling);

@@ -197,6 +197,7 @@ impl Connector {
             last_client: 0,
             mixed_draws: false,
             unfit: false,
+            heard: None,
             opened_at: now,
             idle_since: now,
         })

@@ -54,48 +54,6 @@ const JUSTIFIED: &[(&str, &str, &str, &str, &str)] = &[
         "D q_@@_|prepare q_@@_ as select 'also'|t\nC SELECT 1",
         "the view shows the server's statements, which several clients share, by the names the server knows them by",
     ),
-    (
-        "notify",
-        "begin; listen m_a_; notify m_a_, 'own'; commit",
-        "\nA m_@@_=own",
-        "",
-        "FIXME: LISTEN moves to the hub once its transaction has ended: what that transaction, or the same request, notifies goes unheard",
-    ),
-    (
-        "notify",
-        "select pg_listening_channels()",
-        "D m_@@_\nC SELECT 1",
-        "C SELECT 0",
-        "FIXME: a server in a transaction is not told what the session listens to already",
-    ),
-    (
-        "notify",
-        "notify m_a_, 'm'",
-        "\nA m_@@_=m",
-        "",
-        "FIXME: UNLISTEN is believed although its savepoint was rolled back",
-    ),
-    (
-        "notify",
-        "select pg_notify('m_a_', 'by function')",
-        "\nA m_@@_=by function\nA m_@@_=twice",
-        "",
-        "FIXME: as before",
-    ),
-    (
-        "notify",
-        "listen q_a_; notify q_a_, 'one string'",
-        "\nA q_@@_=one string",
-        "",
-        "FIXME: as with `own`",
-    ),
-    (
-        "notify",
-        "notify r_a_, 'pipelined'",
-        "\nA r_@@_=pipelined",
-        "",
-        "FIXME: as with `own`",
-    ),
 ];
 
 #[tokio::test]
