@@ -4,7 +4,7 @@
 
 use crate::classify::{Analysis, Effect, RunRef, StatementClass};
 use crate::config::{Consistency, Reads};
-use crate::pgflow::events::{Channel, truncate_identifier};
+use crate::pgflow::events::{Channel, has_bad_cursor, truncate_identifier};
 
 /// How the session stands when the request arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ fn subscription(analysis: &Analysis) -> Option<Subscription> {
 
 fn fits(channel: &str) -> bool {
     let plain = !channel.is_empty() && truncate_identifier(channel) == channel;
-    plain || !matches!(Channel::parse(channel), Channel::Ordinary(_))
+    plain || has_bad_cursor(channel) || !matches!(Channel::parse(channel), Channel::Ordinary(_))
 }
 
 fn read(analysis: &Analysis, settings: RouteSettings) -> Option<RunRef> {

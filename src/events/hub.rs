@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
-use crate::pgflow::events::{Channel, run_topic, truncate_identifier};
+use crate::pgflow::events::{Channel, has_bad_cursor, run_topic, truncate_identifier};
 
 use super::subscription::{
     Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification,
@@ -636,6 +636,9 @@ impl Hub {
     ) -> Result<Subscribed, EventsError> {
         if name.is_empty() {
             return Err(EventsError::EmptyChannel);
+        }
+        if has_bad_cursor(name) {
+            return Err(EventsError::BadCursor);
         }
         let channel = Channel::parse(name);
         let spelling = spelling(name, &channel);

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_postgres::{AsyncMessage, Client};
 
 use crate::support::pg::{TestDb, fresh_database};
-use crate::support::proxy::{Hearing, PATIENCE, Proxy, connect_hearing, text};
+use crate::support::proxy::{Hearing, PATIENCE, Proxy, connect_hearing, sqlstate, text};
 use crate::support::raw::{Frame, Raw, extended, query, tags, transcript};
 use crate::support::wait::wait_until;
 
@@ -160,6 +160,14 @@ async fn channels_are_postgres_names() {
         assert_eq!(hearing.notification().await.channel(), name);
     }
     assert!(client.batch_execute("listen").await.is_err());
+    for bad in [
+        "pgflow:run:67e55044-10b1-426f-9247-bb680e5fe0c8@",
+        "pgflow:run:67e55044-10b1-426f-9247-bb680e5fe0c8@-1",
+        "pgflow_events@yesterday",
+    ] {
+        let refused = client.batch_execute(&format!("listen \"{bad}\"")).await;
+        assert_eq!(sqlstate(refused), "22023", "{bad}");
+    }
     client
         .batch_execute("/* why */ listen -- where\n commented ;")
         .await

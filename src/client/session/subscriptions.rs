@@ -161,7 +161,17 @@ impl Session {
             let mut long = long_names.iter();
             let long = long.find(|name| truncate_identifier(name) == channel);
             let listening = self.subscriber().listen(long.unwrap_or(channel)).await;
-            listening.map_err(|error| SessionError::Cut(error.to_string()))?;
+            match listening {
+                Ok(()) => {}
+                // Too late for an error: the transaction is committed.
+                Err(EventsError::BadCursor) => {
+                    ErrorResponse::notice(format!(
+                        "not listening to \"{channel}\": invalid cursor"
+                    ))
+                    .put(&mut self.client.output);
+                }
+                Err(error) => return Err(SessionError::Cut(error.to_string())),
+            }
         }
         if !listed.is_empty() {
             self.hush_server().await?;
@@ -235,6 +245,8 @@ impl Session {
 fn not_listening(error: &EventsError) -> ErrorResponse {
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
+        EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
+            .with_detail("What follows the @ is the number of an event of the run; other channels take none."),
         EventsError::TooManyChannels { limit } => {
             ErrorResponse::error("53400", "too many channels")
                 .with_detail(format!("One session may listen on {limit}."))
