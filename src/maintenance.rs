@@ -201,6 +201,7 @@ enum Condition {
     New,
     Leading,
     StandingBy,
+    Nothing,
     Away,
 }
 
@@ -285,9 +286,11 @@ impl Keeper {
 
     async fn try_lead(&mut self, client: &Client) -> Result<std::convert::Infallible, ChoreError> {
         answered(client.batch_execute(&settings())).await?;
+        // A database that has nothing for us sees no lock of ours: whoever lists its own there would wonder.
         let ask = format!(
-            "select pg_is_in_recovery(), \
-             case when not pg_is_in_recovery() then pg_try_advisory_lock({LOCK}) else false end"
+            "select recovering, anything, case when anything and not recovering then pg_try_advisory_lock({LOCK}) else false end \
+             from (select pg_is_in_recovery() as recovering, \
+                   exists (select from pg_namespace where nspname in ('flowgate', 'pgflow')) as anything offset 0) as here"
         );
         let retry = self.settings.requeue.unwrap_or(LEAD_RETRY).min(LEAD_RETRY);
         loop {
@@ -295,10 +298,14 @@ impl Keeper {
             if row.get(0) {
                 return Err(ChoreError::Lost(LostReason::Replica));
             }
-            if row.get(1) {
+            if row.get(2) {
                 break;
             }
-            if self.becomes(Condition::StandingBy) {
+            if !row.get::<_, bool>(1) {
+                if self.becomes(Condition::Nothing) {
+                    info!(primary = %self.primary, "nothing to maintain: neither pgflow nor an outbox in this database");
+                }
+            } else if self.becomes(Condition::StandingBy) {
                 info!(primary = %self.primary, "maintenance is done by another flowgate");
             }
             sleep(jittered(retry)).await;

@@ -329,10 +329,6 @@ impl Prepared {
         expected: &mut std::collections::VecDeque<Expected>,
         registry: &StatementRegistry,
     ) -> Translated {
-        for name in std::mem::take(&mut server.to_close) {
-            put_statement_target(&mut server.stream.output, b'C', &name);
-            expected.push_back(Expected::OursClosed(None));
-        }
         let plain = huge.is_none() && self.passes_as_it_is(batch, server);
         let of = analyses.len();
         let mut analyses = analyses.iter();
@@ -466,7 +462,7 @@ impl Prepared {
             // in the client's words: a statement of that very name is made first.
             put_parse(&mut step.server.stream.output, parse.name, b"", &[0, 0]);
             step.expected.push_back(Expected::OursOther);
-            step.server.to_close.push(parse.name.to_vec());
+            step.server.lent.push(parse.name.to_vec());
             step.expected.push_back(Expected::Closed(None));
             self.undo.push(Undo::Nothing);
             return step.pass();
@@ -627,6 +623,17 @@ impl Prepared {
                 step.expected.push_back(Expected::OursClosed(None));
             }
         }
+    }
+}
+
+/// Closes what a server holds too much of. INVARIANT: first in a request, since after an error the server closes nothing.
+pub(super) fn put_closes(
+    server: &mut ServerConn,
+    expected: &mut std::collections::VecDeque<Expected>,
+) {
+    for name in server.to_close.drain(..) {
+        put_statement_target(&mut server.stream.output, b'C', &name);
+        expected.push_back(Expected::OursClosed(None));
     }
 }
 

@@ -534,16 +534,25 @@ fn negotiate(client: &mut Stream, startup: &Startup) {
     }
 }
 
+/// `None`: whoever knocked has left again.
 async fn next_packet(client: &mut Stream) -> Result<Option<Packet>, SessionError> {
+    // A driver that is told to leave before it has begun says so (node-postgres does), and Postgres answers nothing.
+    const TERMINATE: &[u8] = b"X\0\0\0\x04";
     loop {
         let bytes = client.input.bytes();
-        let length = startup::packet_len(bytes)?;
+        if bytes.starts_with(TERMINATE) {
+            return Ok(None);
+        }
+        let length = match startup::packet_len(bytes) {
+            Err(_) if TERMINATE.starts_with(bytes) => None,
+            length => length?,
+        };
         if let Some(packet) = length.and_then(|length| bytes.get(..length)) {
             let packet = startup::read(packet);
             client.input.consume(length.unwrap_or_default());
             return Ok(Some(packet?));
         }
-        if client.fill(length.unwrap_or(4)).await? == 0 {
+        if client.fill(length.unwrap_or(TERMINATE.len())).await? == 0 {
             // A port scan or a health check; nobody to answer.
             return Ok(None);
         }

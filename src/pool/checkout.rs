@@ -2,11 +2,13 @@
 //! upstream `budget.rs`'s. Never looks at SQL. Called by `client/session`, `client/startup.rs` and `pools.rs`.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -26,6 +28,7 @@ use crate::server::auth::Credentials;
 use crate::server::conn::{ServerConn, ServerKey, ServerRecord};
 use crate::server::connect::{ConnectError, Connector, send_cancel};
 use crate::server::parameters::{Opening, Reported};
+use crate::wire::stream::Stream;
 
 /// A server idle for less than this is not asked whether it still lives.
 const TRUSTED_IDLE: Duration = Duration::from_millis(1);
@@ -33,12 +36,8 @@ const TRUSTED_IDLE: Duration = Duration::from_millis(1);
 const CHECK_MAX: Duration = Duration::from_secs(2);
 /// How long a CancelRequest for an abandoned query may take.
 const ABANDON_MAX: Duration = Duration::from_secs(5);
-/// Before each request to cancel an abandoned query.
-const ABANDON_AGAIN: [Duration; 3] = [
-    Duration::ZERO,
-    Duration::from_millis(100),
-    Duration::from_secs(1),
-];
+/// Milliseconds after each request to cancel an abandoned query in which it should have ended.
+const ABANDON_WAITS: [u64; 10] = [50, 100, 250, 500, 1_000, 2_000, 4_000, 8_000, 8_000, 8_000];
 /// A waiter that found the reserve used up asks again.
 const RESERVE_RETRY: Duration = Duration::from_millis(500);
 /// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
@@ -354,7 +353,11 @@ impl Pool {
         {
             return Ok(seen.clone());
         }
-        let server = self.checkout(wish, None).await?;
+        let mut server = self.checkout(wish, None).await?;
+        // It may be as another client's session has made it.
+        reset::unset_all(&mut server)
+            .await
+            .map_err(CheckoutError::Settings)?;
         let seen = Seen {
             reported: server.reported.clone(),
             pid: server.key.pid,
@@ -863,47 +866,63 @@ impl Drop for Checkout {
         let Some(server) = self.server.take() else {
             return;
         };
-        if server.conn.in_flight {
-            self.pool.common.counters.abandoned.inc();
-            let key = Arc::clone(&server.conn.key);
-            // Closing the socket alone would leave the query running until it tries to write.
-            self.pool
-                .common
-                .control
-                .spawn(async move { abandon(&key).await });
+        if !server.conn.in_flight {
+            return self.pool.close(server);
         }
-        self.pool.close(server);
+        let common = &self.pool.common;
+        common.counters.abandoned.inc();
+        common.counters.closed.inc();
+        let Pooled { conn, place } = *server;
+        conn.record.note_closed();
+        common.control.spawn(abandon(conn.key, conn.stream));
+        self.pool.closed(place);
     }
 }
 
-async fn abandon(key: &ServerKey) {
-    // Postgres ignores a request that comes before it has read the query, and says nothing either way.
-    for pause in ABANDON_AGAIN {
-        tokio::time::sleep(pause).await;
-        if !cancel_once(key).await {
+/// Ends what a server does for a client that is gone. Closing the socket alone would leave the query running until it
+/// tries to write. Postgres ignores a request to cancel that comes before it has read the query, and says nothing either way;
+/// so it is asked again until it has closed its end.
+async fn abandon(key: Arc<ServerKey>, mut stream: Stream) {
+    let mut failed = None;
+    for wait in ABANDON_WAITS {
+        match send_cancel(&key, ABANDON_MAX).await {
+            Ok(()) => {}
+            // The server is going or gone, and the query with it.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                return debug!(host = %key.host, port = key.port, %error, "nobody left to cancel at");
+            }
+            Err(error) => failed = Some(error),
+        }
+        if timeout(Duration::from_millis(wait), end_of(&mut stream))
+            .await
+            .is_ok()
+        {
             return;
         }
     }
+    warn!(host = %key.host, port = key.port, pid = key.pid, error = ?failed, "an abandoned query does not end");
 }
 
-/// Whether another may be of use.
-async fn cancel_once(key: &ServerKey) -> bool {
-    match send_cancel(key, ABANDON_MAX).await {
-        Ok(()) => return true,
-        // The server is going or gone, and the query with it.
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset
-            ) =>
-        {
-            debug!(host = %key.host, port = key.port, %error, "nobody left to cancel at");
+/// Says that no more will come and reads past whatever does, until the other side has closed. A server that waits for
+/// its words to be read can't be cancelled.
+async fn end_of(stream: &mut Stream) {
+    poll_fn(|cx| {
+        // A server that is gone needs no goodbye.
+        drop(stream.poll_close(cx));
+        while let Poll::Ready(read) = stream.poll_fill(cx, 1) {
+            match read {
+                Ok(0) | Err(_) => return Poll::Ready(()),
+                Ok(count) => stream.input.consume(count),
+            }
         }
-        Err(error) => {
-            warn!(host = %key.host, port = key.port, %error, "could not cancel an abandoned query");
-        }
-    }
-    false
+        Poll::Pending
+    })
+    .await;
 }
 
 enum Peek {

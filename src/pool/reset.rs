@@ -14,7 +14,7 @@ use crate::wire::messages::{
     TxStatus, parameter_status, put_empty, put_parse, put_query, put_statement_target,
 };
 
-/// Proof that a server may be shared: no transaction, nothing in flight, nothing unread.
+/// Proof that a server may be shared: no transaction, nothing in flight, nothing unread, nothing done that is not known.
 pub(crate) struct Clean(());
 
 #[derive(Debug, Error)]
@@ -31,8 +31,9 @@ const FRAME_MAX: usize = 1024 * 1024;
 pub(crate) fn prove(server: &ServerConn) -> Option<Clean> {
     let quiet =
         server.tx == TxStatus::Idle && !server.in_flight && !server.stream.at_eof && !server.unfit;
-    (quiet && server.stream.input.is_empty() && server.stream.output.is_empty())
-        .then_some(Clean(()))
+    let empty = server.stream.input.is_empty() && server.stream.output.is_empty();
+    let known = !server.unbooked && server.lent.is_empty();
+    (quiet && empty && known).then_some(Clean(()))
 }
 
 /// Rolls back what is open and forgets all of the session's state (`DISCARD ALL`), keeping the connection.
@@ -43,6 +44,8 @@ pub(crate) async fn discard(server: &mut ServerConn) -> Result<(), ResetError> {
     }
     command(server, "DISCARD ALL").await?;
     server.statements.clear();
+    server.to_close.clear();
+    server.lent.clear();
     server.unnamed = None;
     forget_settings_but(server, &Settings::default());
     Ok(())
@@ -78,31 +81,45 @@ pub(crate) async fn sync(server: &mut ServerConn) -> Result<(), ResetError> {
     to_ready(server).await.map(drop)
 }
 
-/// Prepares a text under a client's own name, for SQL that names it. `false`: Postgres refused, and nothing has changed.
+/// Prepares a text under a client's own name, for SQL that names it; should Postgres refuse it, nothing has changed.
 pub(crate) async fn lend_statement(
     server: &mut ServerConn,
     name: &[u8],
     text: &[u8],
     types: &[u8],
-) -> Result<bool, ResetError> {
+) -> Result<(), ResetError> {
     put_statement_target(&mut server.stream.output, b'C', name);
     put_parse(&mut server.stream.output, name, text, types);
+    server.lent.push(name.to_vec());
     match sync(server).await {
-        Ok(()) => Ok(true),
-        Err(ResetError::Refused(_)) => Ok(false),
+        Ok(()) | Err(ResetError::Refused(_)) => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// Takes lent statements away again.
-pub(crate) async fn close_statements(
-    server: &mut ServerConn,
-    names: &[Vec<u8>],
-) -> Result<(), ResetError> {
-    for name in names {
+/// Takes away what was prepared under a client's own names.
+pub(crate) async fn take_back_statements(server: &mut ServerConn) -> Result<(), ResetError> {
+    if server.lent.is_empty() {
+        return Ok(());
+    }
+    for name in &server.lent {
         put_statement_target(&mut server.stream.output, b'C', name);
     }
-    sync(server).await
+    sync(server).await?;
+    server.lent.clear();
+    Ok(())
+}
+
+/// Makes a server's settings those of a session that has set nothing.
+pub(crate) async fn unset_all(server: &mut ServerConn) -> Result<(), ResetError> {
+    // But its name, which no login is told by a server.
+    let unset = Settings::default().renamed_as(&server.settings);
+    let script = server.settings.script_to(&unset);
+    if !script.is_empty() {
+        command(server, &script).await?;
+        server.settings = Arc::new(unset);
+    }
+    Ok(())
 }
 
 /// Runs one statement of ours and returns the first column of its rows.

@@ -160,9 +160,13 @@ pub(crate) struct ServerConn {
     pub(crate) tx: TxStatus,
     /// A request was sent and its ReadyForQuery has not come.
     pub(crate) in_flight: bool,
+    /// A request has been answered, and what it did to the session is not in anybody's books yet.
+    pub(crate) unbooked: bool,
     pub(crate) statements: Statements,
     /// Names of statements to be closed with the next extended request.
     pub(crate) to_close: Vec<Vec<u8>>,
+    /// Statements under a client's own names, to be closed before anybody else may meet them.
+    pub(crate) lent: Vec<Vec<u8>>,
     pub(crate) unnamed: Option<UnnamedOwner>,
     /// The client that used it last; clients are numbered from 1.
     pub(crate) last_client: u64,

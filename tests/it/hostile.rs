@@ -138,6 +138,11 @@ async fn malformed_startups_are_refused_in_words() {
         }
         neighbour.is_well(what).await;
     }
+    // As from a driver told to leave before it has begun; Postgres says nothing either.
+    let mut raw = Raw::connect(proxy.port).await;
+    raw.send(&raw::terminate()).await;
+    let frames = raw.until_end().await;
+    assert!(frames.is_empty(), "{}", transcript(&frames));
     proxy.raw().await;
     no_panic(proxy).await;
 }

@@ -831,11 +831,18 @@ async fn old_runs_are_pruned_only_where_the_configuration_says_so() {
 async fn a_database_without_the_sql_is_served_and_maintained_once_it_has_it() {
     let db = empty_database().await;
     let proxy = Proxy::without_replica(&db, requeue_often).await;
-    wait_until("it leads", PATIENCE, async || {
-        proxy.metric("flowgate_maintenance_leader") == 1
+    let direct = db.connect().await;
+    let has_asked = "select count(*) from pg_stat_activity where datname = current_database() \
+                     and application_name = 'flowgate maintenance' and query like '%pg_try_advisory_lock%' and state = 'idle'";
+    wait_until("it has asked", PATIENCE, async || {
+        text(&direct, has_asked).await == "1"
     })
     .await;
     assert_eq!(text(&proxy.connect().await, "select 1").await, "1");
+    let locks = "select count(*) from pg_locks where locktype = 'advisory' \
+                 and database = (select oid from pg_database where datname = current_database())";
+    assert_eq!(text(&direct, locks).await, "0");
+    assert_eq!(proxy.metric("flowgate_maintenance_leader"), 0);
     install(&db.url(), InstallOptions::default()).await.unwrap();
     wait_until("it works", PATIENCE, async || {
         proxy.metric("flowgate_maintenance_success_timestamp_seconds{chore=\"requeue\"}") > 0

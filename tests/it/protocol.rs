@@ -544,6 +544,31 @@ async fn a_vanished_clients_query_is_cancelled() {
     proxy.shut_down().await;
 }
 
+/// However soon: Postgres ignores a cancel that comes before it has read the query.
+#[tokio::test]
+async fn clients_that_vanish_at_once_leave_nothing_running() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 3).await;
+    for _ in 0..30 {
+        let mut raw = proxy.raw().await;
+        raw.send(&query("select pg_sleep(600)")).await;
+    }
+    let direct = db.connect().await;
+    let running = format!(
+        "select count(*) from pg_stat_activity where datname = '{}' and state = 'active' and query like 'select pg_sleep%'",
+        db.name
+    );
+    wait_until("all that was sent has been begun", PATIENCE, async || {
+        proxy.metric("flowgate_servers_abandoned_total") >= 30
+    })
+    .await;
+    wait_until("nothing is left running", PATIENCE, async || {
+        text(&direct, &running).await == "0"
+    })
+    .await;
+    proxy.shut_down().await;
+}
+
 #[tokio::test]
 async fn a_vanished_clients_transaction_is_rolled_back() {
     let db = fresh_database().await;

@@ -737,3 +737,57 @@ async fn a_client_that_sends_no_more_still_hears_of_a_statement_brought_along() 
     assert_eq!(first_columns(&frames), ["7"]);
     proxy.shut_down().await;
 }
+
+#[tokio::test]
+async fn a_login_is_told_what_a_session_that_set_nothing_has() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let direct = proxy.raw_direct().await;
+    let mut one = proxy.raw().await;
+    for change in [
+        "set client_encoding = 'LATIN1'; set time zone 'Asia/Tokyo'",
+        "set session authorization pg_monitor",
+    ] {
+        one.query(change).await;
+        assert_eq!(proxy.raw().await.parameters, direct.parameters, "{change}");
+    }
+    // The same from memory, while the only server is busy.
+    one.query("begin").await;
+    assert_eq!(proxy.raw().await.parameters, direct.parameters);
+    assert_eq!(one.parameters["TimeZone"], "Asia/Tokyo");
+    let said = one
+        .query("rollback; select current_setting('timezone') || ' ' || current_user")
+        .await;
+    assert!(said.contains("Asia/Tokyo pg_monitor"), "{said}");
+    proxy.shut_down().await;
+}
+
+/// Where Postgres is to refuse the second Parse of a name itself, it must know the name; for no longer than that.
+#[tokio::test]
+async fn a_name_prepared_twice_is_known_to_its_own_client_only() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut one = proxy.raw().await;
+    let mut two = proxy.raw().await;
+    let prepare = |text: &str| {
+        let messages = [
+            parse("mine", text),
+            bind_text("", "mine", &[]),
+            execute("", 0),
+            sync(),
+        ];
+        messages.concat()
+    };
+    assert!(one.ask(&prepare("select 1")).await.contains("D 1"));
+    for text in ["select 1", "select 2"] {
+        let said = one.ask(&prepare(text)).await;
+        assert!(said.contains("42P05"), "{said}");
+        let names = "select count(*) from pg_prepared_statements where name = 'mine'";
+        assert!(two.query(names).await.contains("D 0"));
+        let bind = [bind_text("", "mine", &[]), execute("", 0), sync()].concat();
+        let said = two.ask(&bind).await;
+        assert!(said.contains("26000"), "{said}");
+        assert!(one.ask(&bind).await.contains("D 1"));
+    }
+    proxy.shut_down().await;
+}

@@ -24,7 +24,7 @@ use self::subscriptions::Overheard;
 use self::tally::Tally;
 use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
-use super::prepared::Prepared;
+use super::prepared::{self, Prepared};
 use super::request::{BatchEnd, Grouping, Unit};
 use super::roster::{Entry, Kind, Listed, Newcomer};
 use super::run_tokens::Writing;
@@ -114,8 +114,6 @@ struct Request {
     effects: Vec<Effect>,
     /// Statements it has bound.
     bound: usize,
-    /// Statements the server holds under this client's own names, for the request's SQL.
-    lent: Vec<Vec<u8>>,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers.
@@ -447,6 +445,9 @@ impl Session {
         self.note_subscriptions(effects);
         if after == TxStatus::Idle {
             self.end_transaction(consequences, now).await?;
+        }
+        self.close_books();
+        if after == TxStatus::Idle {
             self.hear_own().await?;
         }
         if self.exchange.keep_ready {
@@ -475,7 +476,6 @@ impl Session {
         {
             self.prepared.forget_all();
             lease.statements.clear();
-            lease.to_close.clear();
         }
         if consequences.discarded_all {
             self.prepared.forget_unnamed();
@@ -508,6 +508,7 @@ impl Session {
         }
         self.state.forget_transaction();
         self.adopt_subscriptions().await?;
+        self.close_books();
         if self.state.pins.is_empty() || self.replica.is_some() {
             self.check_in().await;
         }
@@ -516,6 +517,9 @@ impl Session {
 
     fn begin_extended(&mut self) {
         self.exchange.begin(true, Phase::Open);
+        if let Some(lease) = self.lease.as_mut() {
+            prepared::put_closes(lease, &mut self.exchange.expected);
+        }
         self.request.effects.clear();
         self.request.bound = 0;
         self.request.settled = false;

@@ -165,6 +165,7 @@ impl Session {
     async fn move_to_primary(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         let there = self.lease.as_ref().map(|lease| &lease.statements);
         self.prepared.settle(self.exchange.confirmed, there);
+        self.close_books();
         if let Some(mut lease) = self.lease.take() {
             let settled = timeout(PARTING_MAX, reset::sync(&mut lease)).await;
             self.key.slot.release().await;
@@ -193,6 +194,7 @@ impl Session {
     async fn leave_refusing_replica(&mut self) {
         self.shared.counters.replica_refused.inc();
         self.exchange.error = None;
+        self.close_books();
         self.check_in().await;
     }
 

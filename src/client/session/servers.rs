@@ -159,9 +159,7 @@ impl Session {
                         continue;
                     };
                     let lent = reset::lend_statement(lease, name.as_bytes(), text, types).await;
-                    if lent.map_err(server_lost)? {
-                        self.request.lent.push(name.as_bytes().to_vec());
-                    }
+                    lent.map_err(server_lost)?;
                 }
                 _ => {}
             }
@@ -185,14 +183,11 @@ impl Session {
 
     /// After the request: the server holds no statement under a client's own name.
     pub(super) async fn take_back_statements(&mut self) -> Result<(), SessionError> {
-        if !self.request.lent.is_empty()
-            && let Some(lease) = self.lease.as_mut()
-        {
-            let closed = reset::close_statements(lease, &self.request.lent).await;
-            closed.map_err(server_lost)?;
-            self.request.lent.clear();
-        }
-        Ok(())
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(());
+        };
+        let closed = reset::take_back_statements(lease).await;
+        closed.map_err(server_lost)
     }
 
     /// What the next client must know of the server, or must not find on it.
@@ -216,6 +211,7 @@ impl Session {
             let Some(lease) = self.lease.as_mut() else {
                 return Err(SessionError::Relay(RelayError::ServerClosed));
             };
+            lease.unbooked = true;
             match relay::run(&mut self.client, lease, &mut self.exchange).await {
                 Ok(Pause::Misnamed) => {
                     let body = std::mem::take(&mut self.exchange.misnamed);
@@ -262,13 +258,20 @@ impl Session {
         }
     }
 
+    /// What the request did to the session is known, or it did nothing.
+    pub(super) fn close_books(&mut self) {
+        if let Some(lease) = self.lease.as_mut() {
+            lease.unbooked = false;
+        }
+    }
+
     /// The client has left: what it left open is rolled back, what a pin left behind is discarded.
     pub(super) async fn give_up_server(&mut self) {
         let Some(mut lease) = self.lease.take() else {
             return;
         };
         // Mid-request there is nothing to roll back politely: dropping the lease cancels and closes.
-        if lease.in_flight || !lease.stream.input.is_empty() {
+        if lease.in_flight || lease.unbooked || !lease.stream.input.is_empty() {
             return;
         }
         let marked = !self.state.pins.is_empty() || self.transaction.lent.is_some();

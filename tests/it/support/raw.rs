@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 /// How long one message may take to come.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const PROTOCOL_3_0: u32 = 3 << 16;
 pub(crate) const PROTOCOL_3_2: u32 = (3 << 16) | 2;
 pub(crate) const SSL_REQUEST: u32 = 80_877_103;
