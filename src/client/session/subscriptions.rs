@@ -229,10 +229,14 @@ impl Session {
             rest = subscriber.try_next();
         }
         let is_joined = |frame: &Bytes| joined.contains(notified_channel(frame));
-        for frame in in_order(queued, frames, is_joined) {
-            self.put_deliveries(Some(Delivery::Frame(frame))).await?;
+        let mut all = in_order(queued, frames, is_joined);
+        // Whoever puts a delivery puts what has come meanwhile behind it: so that is for the last one.
+        let last = rest.or_else(|| all.pop().map(Delivery::Frame));
+        for frame in all {
+            self.client.output.extend_from_slice(&frame);
+            self.shared.counters.notifications.inc();
         }
-        self.put_deliveries(rest).await
+        self.put_deliveries(last).await
     }
 
     fn subscriber(&mut self) -> &Subscriber {
