@@ -560,6 +560,34 @@ async fn what_postgres_tests_of_notify_holds_through_the_proxy() {
     proxy.shut_down().await;
 }
 
+#[tokio::test]
+async fn a_session_that_leaves_in_a_transaction_leaves_no_channel_behind() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    for script in [
+        vec!["listen one", "begin"],
+        vec!["begin", "listen two", "commit and chain"],
+        vec!["listen three", "begin", "unlisten *", "listen four"],
+    ] {
+        let mut leaving = proxy.raw().await;
+        for statement in &script {
+            leaving.query(statement).await;
+        }
+        drop(leaving);
+        let mut next = proxy.raw().await;
+        assert_eq!(
+            next.query("select pg_listening_channels()").await,
+            proxy
+                .raw_direct()
+                .await
+                .query("select pg_listening_channels()")
+                .await,
+            "{script:?}"
+        );
+    }
+    proxy.shut_down().await;
+}
+
 /// Who knows that something was notified, and then asks a session that listens, has heard of it when the answer is there.
 #[tokio::test]
 async fn what_was_notified_before_a_request_is_heard_before_its_answer_ends() {

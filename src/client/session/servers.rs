@@ -274,7 +274,9 @@ impl Session {
         if lease.in_flight || lease.unbooked || !lease.stream.input.is_empty() {
             return;
         }
-        let marked = !self.state.pins.is_empty() || self.transaction.lent.is_some();
+        let lent = self.transaction.lent.as_ref();
+        let listens = self.transaction.subscribes || lent.is_some_and(|lent| !lent.is_empty());
+        let marked = !self.state.pins.is_empty() || listens;
         lease.heard = None;
         let clean = async {
             if marked {
