@@ -173,6 +173,12 @@ impl Session {
                 Err(error) => return Err(SessionError::Cut(error.to_string())),
             }
         }
+        if let (false, Some(lease)) = (joined.is_empty(), self.lease.as_mut()) {
+            // What the hub was told before it had joined, the server may not have been told yet: whoever commits a notification
+            // wakes the listeners one by one. One that notifies reads all there is.
+            let caught_up = reset::command(lease, "NOTIFY flowgate_joined").await;
+            caught_up.map_err(server_lost)?;
+        }
         if !listed.is_empty() {
             self.hush_server().await?;
         }
