@@ -7,7 +7,7 @@
 )]
 
 mod bank;
-mod followers;
+mod crowds;
 mod handover;
 mod maintenance;
 mod pools;
