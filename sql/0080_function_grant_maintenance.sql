@@ -20,7 +20,8 @@ begin
         from unnest(array[
             'flowgate.ensure_partitions(integer)', 'flowgate.drop_partitions(interval)',
             'flowgate.forget_topics(interval, integer)', 'flowgate.stalled_tasks()',
-            'flowgate.prune(interval, integer)', 'flowgate.requeue_stalled_tasks(integer)',
+            'flowgate.prune(interval, integer)', 'flowgate.set_direct_notify(boolean)',
+            'flowgate.requeue_stalled_tasks(integer)',
             'pgflow.requeue_stalled_tasks()'
         ]) as wanted(name)
         where to_regprocedure(wanted.name) is not null

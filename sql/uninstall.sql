@@ -3,6 +3,9 @@
 -- Called by: `flowgate install --uninstall`, in one transaction. Locks: everything it drops. Failure: nothing is dropped.
 -- Where pgflow was installed by somebody else, flowgate.installed has no row for it, and it stays.
 do $$
+declare
+    v_replaced record;
+    v_role     text;
 begin
     -- Nested: a condition is planned as one query, which would look for the table even where there is none.
     if to_regclass('flowgate.installed') is not null then
@@ -37,6 +40,22 @@ begin
           and p.prosrc like '%insert into flowgate.event%'
     ) then
         drop function realtime.send(jsonb, text, text, boolean);
+        -- What was there before comes back, its owner's and with its grants.
+        if to_regclass('flowgate.replaced') is not null then
+            for v_replaced in execute 'select * from flowgate.replaced where object = ''realtime.send''' loop
+                execute v_replaced.definition;
+                if v_replaced.grantees is not null then
+                    revoke all on function realtime.send(jsonb, text, text, boolean) from public;
+                    foreach v_role in array v_replaced.grantees loop
+                        continue when v_role <> 'public' and to_regrole(v_role) is null;
+                        execute format('grant execute on function realtime.send(jsonb, text, text, boolean) to %s', v_role);
+                    end loop;
+                end if;
+                if to_regrole(v_replaced.owner) is not null then
+                    execute format('alter function realtime.send(jsonb, text, text, boolean) owner to %s', v_replaced.owner);
+                end if;
+            end loop;
+        end if;
     end if;
 
     if to_regnamespace('realtime') is not null

@@ -62,6 +62,7 @@ impl Maintenance {
             connect_timeout: config.pool.connect_timeout,
             settings: config.maintenance.clone(),
             retention: config.events.retention,
+            direct_notify: config.events.direct_notify,
             metrics: Metrics::new(registry),
             condition: Condition::New,
             told: Chore::ALL.map(|_chore| Told::Fine),
@@ -217,6 +218,7 @@ struct Keeper {
     connect_timeout: Duration,
     settings: config::Maintenance,
     retention: Duration,
+    direct_notify: bool,
     metrics: Metrics,
     condition: Condition,
     told: [Told; Chore::ALL.len()],
@@ -445,6 +447,9 @@ impl Keeper {
         if made > 0 || dropped > 0 {
             info!(made, dropped, "outbox partitions");
         }
+        if self.direct_notify && found.has("flowgate.set_direct_notify") {
+            one(client, "select flowgate.set_direct_notify(true)").await?;
+        }
         if !found.has("flowgate.forget_topics") {
             return Ok(Ok(Done::All));
         }
@@ -502,7 +507,7 @@ async fn survey(client: &Client) -> Result<Found, ChoreError> {
                   exists (select from pg_namespace where nspname = 'pgflow') \
                   from pg_proc as p join pg_namespace as n on n.oid = p.pronamespace \
                   where n.nspname in ('flowgate', 'pgflow') and p.proname in ('requeue_stalled_tasks', 'stalled_tasks', \
-                  'ensure_partitions', 'drop_partitions', 'forget_topics', 'prune')";
+                  'ensure_partitions', 'drop_partitions', 'forget_topics', 'prune', 'set_direct_notify')";
     let row = one(client, survey).await?;
     let functions: Vec<String> = row.get(0);
     Ok(Found {

@@ -544,6 +544,12 @@ impl Exchange {
                     extended: self.extended,
                 };
             }
+            b'A' => {
+                let frame = bytes.get(scanned..scanned + header.whole);
+                if let (Some(heard), Some(frame)) = (&mut server.heard, frame) {
+                    heard.push(frame);
+                }
+            }
             b't' => decisive = false,
             b'T' | b'n' => {
                 decisive = false;

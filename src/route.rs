@@ -4,6 +4,7 @@
 
 use crate::classify::{Analysis, Effect, RunRef, StatementClass};
 use crate::config::{Consistency, Reads};
+use crate::pgflow::events::{Channel, has_bad_cursor, truncate_identifier};
 
 /// How the session stands when the request arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,11 +61,17 @@ fn subscription(analysis: &Analysis) -> Option<Subscription> {
         return None;
     };
     match effect {
-        Effect::Listen(channel) => Some(Subscription::Listen(channel.clone())),
-        Effect::Unlisten(channel) => Some(Subscription::Unlisten(channel.clone())),
+        // What Postgres has to say of an empty or an overlong name, it says itself.
+        Effect::Listen(channel) if fits(channel) => Some(Subscription::Listen(channel.clone())),
+        Effect::Unlisten(channel) if fits(channel) => Some(Subscription::Unlisten(channel.clone())),
         Effect::UnlistenAll => Some(Subscription::UnlistenAll),
         _ => None,
     }
+}
+
+fn fits(channel: &str) -> bool {
+    let plain = !channel.is_empty() && truncate_identifier(channel) == channel;
+    plain || has_bad_cursor(channel) || !matches!(Channel::parse(channel), Channel::Ordinary(_))
 }
 
 fn read(analysis: &Analysis, settings: RouteSettings) -> Option<RunRef> {

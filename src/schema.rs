@@ -23,6 +23,10 @@ const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/sql_files.rs"
 const LOCK: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/sql/lock.sql"));
 const UNINSTALL: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/sql/uninstall.sql"));
 
+/// `0039_check_send.sql` asks for it.
+const REPLACE_SEND: &str = "set local flowgate.replace_send = 'on'";
+const DIRECT_NOTIFY: &str = "select flowgate.set_direct_notify(true)";
+
 /// Any fixed number: "flowgate" in ASCII.
 const INSTALL_LOCK: i64 = 0x666c_6f77_6761_7465;
 const CONNECT_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -72,6 +76,7 @@ select coalesce(jsonb_object_agg(object, hash), '{}') from (
     from pg_trigger as t join pg_class as c on c.oid = t.tgrelid
     where c.relnamespace::regnamespace::text = any ($1::text[]) and not t.tgisinternal and not c.relispartition
         and c.relnamespace::regnamespace::text <> 'realtime'
+        and t.tgname <> 'notify_directly'
 ) as objects";
 
 /// A part of `sql/` with its own row in `flowgate.installed`.
@@ -202,6 +207,20 @@ impl fmt::Display for PgflowApi {
 pub struct InstallOptions {
     /// `None`: the level that is installed, or 0.7 where there is none.
     pub pgflow: Option<PgflowApi>,
+    /// Neither pgmq nor pgflow, and in the place of a `realtime.send` of somebody else's.
+    pub events_only: bool,
+    /// Events are also notified by SQL itself.
+    pub direct_notify: bool,
+}
+
+impl InstallOptions {
+    fn components(self) -> &'static [Component] {
+        if self.events_only {
+            &[Component::Flowgate]
+        } else {
+            &Component::ALL
+        }
+    }
 }
 
 /// What an install found and did.
@@ -219,6 +238,8 @@ pub enum PgmqOutcome {
     Extension,
     /// The SQL embedded in the `pgmq` crate.
     Embedded,
+    /// Events need none.
+    NotAskedFor,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -358,7 +379,11 @@ pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report
         *component == Component::Pgflow && !matches!(state, State::Foreign)
     };
     let api = before.api;
-    let pgmq = install_pgmq(&client, url).await?;
+    let pgmq = if options.events_only {
+        PgmqOutcome::NotAskedFor
+    } else {
+        install_pgmq(&client, url).await?
+    };
     if before.components.iter().any(ours)
         && api.needs_headers()
         && !pgmq_has_headers(&client).await?
@@ -404,6 +429,10 @@ pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report
         let transaction = client.transaction().await.map_err(doing("beginning"))?;
         let locked = transaction.batch_execute(LOCK).await;
         locked.map_err(|error| in_file("lock.sql", LOCK, &error))?;
+        if options.events_only {
+            let asked = transaction.batch_execute(REPLACE_SEND).await;
+            asked.map_err(doing("beginning"))?;
+        }
         for (component, _) in components.iter().filter(|(_, outcome)| due(outcome)) {
             for (name, text) in component.files(api) {
                 let applied = transaction.batch_execute(text).await;
@@ -423,6 +452,10 @@ pub async fn install(url: &ConnectUrl, options: InstallOptions) -> Result<Report
             }
         }
         transaction.commit().await.map_err(doing("committing"))?;
+    }
+    if options.direct_notify {
+        let switched = client.batch_execute(DIRECT_NOTIFY).await;
+        switched.map_err(doing("switching direct_notify on"))?;
     }
     Ok(Report {
         pgmq,
@@ -475,15 +508,22 @@ pub fn print(out: &mut impl io::Write, options: InstallOptions) -> io::Result<()
         out,
         "begin;\nselect pg_advisory_xact_lock({INSTALL_LOCK});\nset local search_path = '';"
     )?;
-    writeln!(out, "\n{}", no_downgrade(api))?;
+    if options.events_only {
+        writeln!(out, "{REPLACE_SEND};")?;
+    } else {
+        writeln!(out, "\n{}", no_downgrade(api))?;
+    }
     writeln!(out, "\n-- sql/lock.sql\n{}", LOCK.trim_end())?;
-    for component in Component::ALL {
+    for &component in options.components() {
         for (name, text) in component.files(api) {
             writeln!(out, "\n-- sql/{name}\n{}", text.trim_end())?;
         }
     }
-    for component in Component::ALL {
+    for component in options.components() {
         writeln!(out, "\n{};", component.record(api))?;
+    }
+    if options.direct_notify {
+        writeln!(out, "\n{DIRECT_NOTIFY};")?;
     }
     writeln!(out, "commit;")
 }
@@ -583,7 +623,7 @@ async fn look(client: &Client, options: InstallOptions) -> Result<Check, SchemaE
     let of = |component: Component| recorded.iter().find(|it| it.component == component.name());
     let api = level(of(Component::Pgflow), options)?;
     let mut components = Vec::new();
-    for component in Component::ALL {
+    for &component in options.components() {
         let wanted = component.version(api);
         let state = match of(component) {
             None if component == Component::Pgflow && has_pgflow => State::Foreign,
@@ -603,8 +643,16 @@ async fn look(client: &Client, options: InstallOptions) -> Result<Check, SchemaE
         };
         components.push((component, state));
     }
-    let mut pgmq_missing = missing_pgmq(client).await?;
-    if pgmq_missing.is_empty() && api.needs_headers() && !pgmq_has_headers(client).await? {
+    let mut pgmq_missing = if options.events_only {
+        Vec::new()
+    } else {
+        missing_pgmq(client).await?
+    };
+    if !options.events_only
+        && pgmq_missing.is_empty()
+        && api.needs_headers()
+        && !pgmq_has_headers(client).await?
+    {
         pgmq_missing.push("headers in message_record (1.5.0)".to_owned());
     }
     Ok(Check {
@@ -849,7 +897,13 @@ mod tests {
                 objects: None,
                 api: (!api.is_empty()).then(|| api.to_owned()),
             });
-            level(recorded.as_ref(), InstallOptions { pgflow: asked })
+            level(
+                recorded.as_ref(),
+                InstallOptions {
+                    pgflow: asked,
+                    ..InstallOptions::default()
+                },
+            )
         };
         let [low, high] = PgflowApi::ALL;
         assert_eq!(settled(None, None).unwrap(), low);

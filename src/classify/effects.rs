@@ -187,6 +187,8 @@ fn leading(s: Words<'_>, out: &mut Vec<Effect>) {
     let named =
         |at: usize, effect: fn(String) -> Effect| s.name(at).map_or(Effect::Unfollowed, effect);
     let effect = match first.as_str() {
+        // A syntax error, whose words are Postgres's.
+        "listen" | "unlisten" if !s.operator(1, b"*") && !is_listenable(s) => return,
         "set" => return set(s, out),
         "reset" => reset(s),
         "listen" => named(1, Effect::Listen),
@@ -535,6 +537,16 @@ fn sets_locally(s: Words<'_>, first: usize) -> bool {
     false
 }
 
+/// Whether after LISTEN or UNLISTEN there stands one word, and one that can be a name by itself.
+fn is_listenable(s: Words<'_>) -> bool {
+    match s.tokens.get(1).map(|token| token.kind) {
+        // Perhaps with a UESCAPE.
+        Some(Kind::Exotic) => true,
+        Some(Kind::Word) => s.tokens.len() == 2 && !s.any(1, NO_NAMES),
+        _ => s.tokens.len() == 2,
+    }
+}
+
 /// Does the body of a DO block do what would stay with the session? Dynamic SQL in it is out of sight.
 fn body_touches_session(s: Words<'_>) -> bool {
     s.tokens.iter().any(|token| {
@@ -581,3 +593,109 @@ fn touches_session(body: &[u8]) -> bool {
             )
     })
 }
+
+/// Keywords that are no names unless quoted: reserved ones, and those that may name types and functions only.
+/// (sql-keywords-appendix.html)
+const NO_NAMES: &[&str] = &[
+    "all",
+    "analyse",
+    "analyze",
+    "and",
+    "any",
+    "array",
+    "as",
+    "asc",
+    "asymmetric",
+    "authorization",
+    "binary",
+    "both",
+    "case",
+    "cast",
+    "check",
+    "collate",
+    "collation",
+    "column",
+    "concurrently",
+    "constraint",
+    "create",
+    "cross",
+    "current_catalog",
+    "current_date",
+    "current_role",
+    "current_schema",
+    "current_time",
+    "current_timestamp",
+    "current_user",
+    "default",
+    "deferrable",
+    "desc",
+    "distinct",
+    "do",
+    "else",
+    "end",
+    "except",
+    "false",
+    "fetch",
+    "for",
+    "foreign",
+    "freeze",
+    "from",
+    "full",
+    "grant",
+    "group",
+    "having",
+    "ilike",
+    "in",
+    "initially",
+    "inner",
+    "intersect",
+    "into",
+    "is",
+    "isnull",
+    "join",
+    "lateral",
+    "leading",
+    "left",
+    "like",
+    "limit",
+    "localtime",
+    "localtimestamp",
+    "natural",
+    "not",
+    "notnull",
+    "null",
+    "offset",
+    "on",
+    "only",
+    "or",
+    "order",
+    "outer",
+    "overlaps",
+    "placing",
+    "primary",
+    "references",
+    "returning",
+    "right",
+    "select",
+    "session_user",
+    "similar",
+    "some",
+    "symmetric",
+    "system_user",
+    "table",
+    "tablesample",
+    "then",
+    "to",
+    "trailing",
+    "true",
+    "union",
+    "unique",
+    "user",
+    "using",
+    "variadic",
+    "verbose",
+    "when",
+    "where",
+    "window",
+    "with",
+];

@@ -236,6 +236,20 @@ pub(crate) enum Effect {
     Opaque(u32),
 }
 
+impl Effect {
+    pub(crate) fn subscribes(&self) -> bool {
+        matches!(
+            self,
+            Self::Listen(_) | Self::Unlisten(_) | Self::UnlistenAll
+        )
+    }
+
+    /// Which channels the session listens to matters to the server that runs it, or to what may follow in its transaction.
+    pub(crate) fn concerns_listening(&self) -> bool {
+        self.subscribes() || matches!(self, Self::Transaction | Self::ListeningChannels)
+    }
+}
+
 /// Texts longer than this are cut into statements, but are no reads and no calls.
 const SQL_BYTES_MAX: usize = 32 * 1024;
 /// Tokens of one statement that are looked at.

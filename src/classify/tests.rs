@@ -588,6 +588,17 @@ fn what_ties_a_session_to_its_server_is_seen() {
     effects("listen \"pgflow:run:x\"", "1 Listen(pgflow:run:x)");
     effects("unlisten *; listen A;;", "2 UnlistenAll | Listen(a)");
     effects("listen U&\"x\"", "1 Unfollowed");
+    effects("listen U&\"x\" uescape '!'", "1 Unfollowed");
+    for not_listened in [
+        "listen select",
+        "unlisten a.b",
+        "listen a b",
+        "listen",
+        "listen Full",
+    ] {
+        effects(not_listened, "1");
+    }
+    effects("unlisten \"select\"", "1 Unlisten(select)");
     effects("notify a, 'b'", "1 Notify");
     effects("select pg_catalog.pg_notify($1, $2)", "1 Notify");
     effects("select 'pg_notify', pg_notify from t", "1");

@@ -101,10 +101,6 @@ pub(crate) struct Consequences {
     pub(crate) settings_changed: bool,
     pub(crate) deallocated_all: bool,
     pub(crate) discarded_all: bool,
-    /// The transaction that just ended ran LISTEN or UNLISTEN.
-    pub(crate) subscriptions: bool,
-    /// The transaction that was just committed notified somebody.
-    pub(crate) notified: bool,
 }
 
 /// The session's own state.
@@ -114,8 +110,6 @@ pub(crate) struct State {
     pub(crate) pins: Pins,
     /// Effects of the open transaction that count when it commits.
     uncommitted: Vec<Effect>,
-    /// A transaction that was committed AND CHAIN notified somebody, who hears of it when the chain ends.
-    notified: bool,
     /// The transaction under way has run code that is not in its text.
     opaque: Option<u32>,
 }
@@ -131,7 +125,6 @@ impl State {
             start,
             pins,
             uncommitted: Vec::new(),
-            notified: false,
             opaque: None,
         }
     }
@@ -140,23 +133,6 @@ impl State {
     /// that is tied to its server nobody need know.
     pub(crate) fn take_opaque(&mut self) -> Option<u32> {
         self.opaque.take().filter(|_| self.pins.is_empty())
-    }
-
-    /// Whether the transaction under way ran LISTEN or UNLISTEN.
-    pub(crate) fn awaits_subscriptions(&self) -> bool {
-        self.uncommitted.iter().any(is_subscription)
-    }
-
-    /// Whether the transaction under way notified somebody.
-    pub(crate) fn awaits_notifications(&self) -> bool {
-        self.notified || self.uncommitted.contains(&Effect::Notify)
-    }
-
-    /// The LISTENs and UNLISTENs of the transaction under way, in order.
-    pub(crate) fn subscriptions(&self) -> impl Iterator<Item = &Effect> {
-        self.uncommitted
-            .iter()
-            .filter(|effect| is_subscription(effect))
     }
 
     /// Takes in what a request did. Call `forget_transaction` once the consequences have been seen to.
@@ -211,21 +187,17 @@ impl State {
                 Effect::Set { .. } | Effect::Reset(_) | Effect::ResetAll => {
                     self.uncommitted.push(effect.clone())
                 }
-                Effect::Listen(_) | Effect::Unlisten(_) | Effect::UnlistenAll => {
-                    self.uncommitted.push(effect.clone())
-                }
                 Effect::Transaction if ending.rolled_back && ending.after != TxStatus::Idle => {
                     // ROLLBACK TO a savepoint: which SETs it undid is the server's knowledge alone.
                     if self.uncommitted.iter().any(leaves_a_trace) {
                         self.pins.insert(PinReason::Unfollowed);
                     }
                 }
-                Effect::Notify => {
-                    if !self.uncommitted.contains(&Effect::Notify) {
-                        self.uncommitted.push(Effect::Notify);
-                    }
-                }
-                Effect::SetLocal
+                Effect::Listen(_)
+                | Effect::Unlisten(_)
+                | Effect::UnlistenAll
+                | Effect::Notify
+                | Effect::SetLocal
                 | Effect::DiscardOther
                 | Effect::Execute(_)
                 | Effect::Deallocate(_)
@@ -237,17 +209,13 @@ impl State {
             }
         }
         if ending.after == TxStatus::Idle {
-            consequences.subscriptions = self.awaits_subscriptions();
             // A transaction that ends in an error is rolled back; so is one whose last word is ROLLBACK.
             let lost = ending.failed || ending.rolled_back && ending.before != TxStatus::Idle;
-            consequences.notified = std::mem::take(&mut self.notified);
             if !lost {
-                consequences.notified |= self.awaits_notifications();
                 self.commit(&mut consequences);
             }
         } else if ending.chained {
             self.commit(&mut consequences);
-            self.notified = self.awaits_notifications();
             self.uncommitted.clear();
         }
         consequences
@@ -296,13 +264,6 @@ impl State {
             consequences.settings_changed = true;
         }
     }
-}
-
-fn is_subscription(effect: &Effect) -> bool {
-    matches!(
-        effect,
-        Effect::Listen(_) | Effect::Unlisten(_) | Effect::UnlistenAll
-    )
 }
 
 fn leaves_a_trace(effect: &Effect) -> bool {

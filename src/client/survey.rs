@@ -104,10 +104,9 @@ impl Survey {
                 Effect::NeedsDatabaseAlone(_)
                     | Effect::Execute(_)
                     | Effect::Deallocate(_)
-                    | Effect::ListeningChannels
                     | Effect::PreparedStatements
                     | Effect::SequenceValue
-            )
+            ) || effect.concerns_listening()
         })
     }
 

@@ -33,6 +33,13 @@ pub struct Args {
     /// Whose functions clients expect; left out: those installed, or 0.7
     #[arg(long, value_name = "VERSION", value_enum)]
     pgflow: Option<PgflowApi>,
+    /// The outbox alone, beside a pgflow of somebody else's, and in the place of its realtime.send (--uninstall brings that
+    /// back)
+    #[arg(long, conflicts_with = "pgflow")]
+    events_only: bool,
+    /// NOTIFY every event from SQL too, for listeners that bypass flowgate; costs commits
+    #[arg(long)]
+    direct_notify: bool,
 }
 
 /// 0, or 1 with the reason on standard error (or, for `--check`, what is not up to date on standard output).
@@ -63,6 +70,8 @@ enum InstallError {
 async fn act(args: Args, out: &mut impl Write) -> Result<Verdict, InstallError> {
     let options = InstallOptions {
         pgflow: args.pgflow,
+        events_only: args.events_only,
+        direct_notify: args.direct_notify,
     };
     let Some(primary) = args.primary.filter(|_| !args.print) else {
         schema::print(out, options)?;
@@ -100,8 +109,11 @@ fn tell_report(report: &Report, out: &mut impl Write) -> io::Result<()> {
         PgmqOutcome::Embedded => {
             "installed from the SQL flowgate carries (the server does not offer the extension)"
         }
+        PgmqOutcome::NotAskedFor => "not asked for",
     };
-    writeln!(out, "{:<9} {pgmq}", "pgmq")?;
+    if report.pgmq != PgmqOutcome::NotAskedFor {
+        writeln!(out, "{:<9} {pgmq}", "pgmq")?;
+    }
     for (component, outcome) in &report.components {
         let told = match outcome {
             Outcome::Installed { version } => format!("{version} installed"),

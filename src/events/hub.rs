@@ -15,7 +15,9 @@ use tokio::task::JoinSet;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
-use crate::pgflow::events::{Channel, run_of_topic, run_topic, truncate_identifier};
+use crate::pgflow::events::{
+    Channel, has_bad_cursor, run_of_topic, run_topic, truncate_identifier,
+};
 
 use super::subscription::{
     Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Takes, Target,
@@ -647,6 +649,9 @@ impl Hub {
         if name.is_empty() {
             return Err(EventsError::EmptyChannel);
         }
+        if has_bad_cursor(name) {
+            return Err(EventsError::BadCursor);
+        }
         let channel = Channel::parse(name);
         let spelling = spelling(name, &channel);
         let (target, after) = match channel {
@@ -1015,6 +1020,11 @@ impl Subscriber {
         if let Some(stream) = stream {
             self.hub.unsubscribe(&self.mailbox, stream);
         }
+    }
+
+    /// Those, as Postgres names them.
+    pub(crate) fn ordinary_channels(&self) -> HashSet<String> {
+        self.mailbox.lock().ordinary_channels()
     }
 
     pub(crate) fn unlisten(&self, channel: &str) {

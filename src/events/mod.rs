@@ -27,6 +27,8 @@ pub(crate) enum EventsError {
     /// The client's: as Postgres says it.
     #[error("channel name cannot be empty")]
     EmptyChannel,
+    #[error("invalid cursor in channel name")]
+    BadCursor,
     #[error("more than {limit} channels in one session")]
     TooManyChannels { limit: usize },
     /// The session was cut; it hears no more.

@@ -6,7 +6,7 @@
 //! read, so every event the next live read brings is either new or recognised by its `seq`. The same road takes a reader
 //! back that was too slow, so what it missed waits in Postgres and not in our memory.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
@@ -308,6 +308,16 @@ impl Inbox {
     pub(super) fn hears_ordinary(&self) -> bool {
         let mut streams = self.streams.values();
         streams.any(|stream| matches!(stream.target, Target::Ordinary(_)))
+    }
+
+    pub(super) fn ordinary_channels(&self) -> HashSet<String> {
+        let targets = self.streams.values().map(|stream| &stream.target);
+        targets
+            .filter_map(|target| match target {
+                Target::Ordinary(channel) => Some(channel.clone()),
+                Target::Run { .. } | Target::Flow(_) | Target::All => None,
+            })
+            .collect()
     }
 
     pub(super) fn new(bounds: Bounds, takes: Takes) -> Self {

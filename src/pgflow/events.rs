@@ -59,6 +59,15 @@ impl Channel {
     }
 }
 
+/// Whether `name` would be a channel of ours but for what follows its `@`. As an ordinary channel it would never say anything.
+pub fn has_bad_cursor(name: &str) -> bool {
+    let of_ours = |name| !matches!(Channel::parse(name), Channel::Ordinary(_));
+    !of_ours(name)
+        && name
+            .split_once('@')
+            .is_some_and(|(channel, _)| of_ours(channel))
+}
+
 fn parse_run(rest: &str) -> Option<Channel> {
     let (id, after) = match rest.split_once('@') {
         Some((id, seq)) => {
@@ -158,6 +167,18 @@ mod tests {
         );
         check("pgflow:flow:not-a-slug", "ordinary pgflow:flow:not-a-slug");
         check("PGFLOW_EVENTS", "ordinary PGFLOW_EVENTS");
+    }
+
+    #[test]
+    fn a_cursor_that_is_none_is_found_out() {
+        for bad in ["@", "@-1", "@x", "@1@2", "@99999999999999999999"] {
+            assert!(has_bad_cursor(&format!("pgflow:run:{ID}{bad}")), "{bad}");
+        }
+        assert!(has_bad_cursor("pgflow_events@1") && has_bad_cursor("pgflow:flow:f@1"));
+        for good in ["a@b", "pgflow:run:x@1", "@", "pgflow_events"] {
+            assert!(!has_bad_cursor(good), "{good}");
+        }
+        assert!(!has_bad_cursor(&format!("pgflow:run:{ID}@17")));
     }
 
     #[test]

@@ -251,6 +251,12 @@ async fn to_ready(server: &mut ServerConn) -> Result<Vec<String>, ResetError> {
                 rows.push(String::from_utf8_lossy(value).into_owned());
             }
             b'S' => note_parameter(&mut server.reported, body),
+            b'A' => {
+                let frame = server.stream.input.bytes().get(..header.whole);
+                if let (Some(heard), Some(frame)) = (&mut server.heard, frame) {
+                    heard.push(frame);
+                }
+            }
             b'E' => {
                 refused = Some(
                     String::from_utf8_lossy(field(body, b'M').unwrap_or_default()).into_owned(),

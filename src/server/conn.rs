@@ -124,6 +124,30 @@ pub(crate) type UnnamedOwner = (u64, u64);
 /// No client's: clients are numbered from 1.
 pub(crate) const UNNAMED_UNKNOWN: UnnamedOwner = (0, 0);
 
+/// Bytes of notifications that are kept for a client whose transaction runs on.
+const HEARD_MAX: usize = 16 << 20;
+
+/// Notifications as they came, one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    frames: Vec<u8>,
+    too_many: bool,
+}
+
+impl Heard {
+    pub(crate) fn push(&mut self, frame: &[u8]) {
+        self.too_many |= self.frames.len() + frame.len() > HEARD_MAX;
+        if !self.too_many {
+            self.frames.extend_from_slice(frame);
+        }
+    }
+
+    /// `None`: there were more than could be kept.
+    pub(crate) fn into_frames(self) -> Option<Vec<u8>> {
+        (!self.too_many).then_some(self.frames)
+    }
+}
+
 /// An open, logged-in server connection.
 pub(crate) struct ServerConn {
     pub(crate) stream: Stream,
@@ -154,6 +178,8 @@ pub(crate) struct ServerConn {
     pub(crate) hidden: bool,
     /// Our books and the server's differ: not to be used again.
     pub(crate) unfit: bool,
+    /// What it is notified of while it listens for a client; `None`: nobody wants to know.
+    pub(crate) heard: Option<Heard>,
     pub(crate) opened_at: Instant,
     pub(crate) idle_since: Instant,
 }

@@ -201,6 +201,7 @@ impl Connector {
             probes: false,
             hidden: false,
             unfit: false,
+            heard: None,
             opened_at: now,
             idle_since: now,
         })

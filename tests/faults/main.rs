@@ -7,6 +7,7 @@
 )]
 
 mod bank;
+mod crowds;
 mod followers;
 mod handover;
 mod maintenance;

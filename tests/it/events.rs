@@ -1,5 +1,7 @@
 //! Channels over LISTEN, through the proxy: in force when acknowledged, transactional, complete and in order.
 
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -8,8 +10,8 @@ use tokio::time::timeout;
 use tokio_postgres::{AsyncMessage, Client};
 
 use crate::support::pg::{TestDb, fresh_database};
-use crate::support::proxy::{Hearing, PATIENCE, Proxy, connect_hearing, text};
-use crate::support::raw::{Raw, extended, query, tags};
+use crate::support::proxy::{Hearing, PATIENCE, Proxy, connect_hearing, sqlstate, text};
+use crate::support::raw::{Frame, Raw, extended, query, tags, transcript};
 use crate::support::wait::wait_until;
 
 #[tokio::test]
@@ -158,6 +160,14 @@ async fn channels_are_postgres_names() {
         assert_eq!(hearing.notification().await.channel(), name);
     }
     assert!(client.batch_execute("listen").await.is_err());
+    for bad in [
+        "pgflow:run:67e55044-10b1-426f-9247-bb680e5fe0c8@",
+        "pgflow:run:67e55044-10b1-426f-9247-bb680e5fe0c8@-1",
+        "pgflow_events@yesterday",
+    ] {
+        let refused = client.batch_execute(&format!("listen \"{bad}\"")).await;
+        assert_eq!(sqlstate(refused), "22023", "{bad}");
+    }
     client
         .batch_execute("/* why */ listen -- where\n commented ;")
         .await
@@ -406,7 +416,7 @@ async fn runs_are_followed_without_loss_while_the_upstream_listener_is_killed() 
         }
     }
     assert!(killed > 0, "there is no upstream listener to kill");
-    let mut seen: std::collections::HashMap<String, i64> = std::collections::HashMap::new();
+    let mut seen: HashMap<String, i64> = HashMap::new();
     let mut completed = 0;
     while completed < runs.len() {
         let event = event(&mut hearing).await;
@@ -437,6 +447,224 @@ async fn runs_are_followed_without_loss_while_the_upstream_listener_is_killed() 
         "{error:?}"
     );
     proxy.shut_down().await;
+}
+
+/// The sessions and permutations of `async-notify` in PostgreSQL's isolation tests: the same is heard at the same steps.
+#[tokio::test]
+async fn what_postgres_tests_of_notify_holds_through_the_proxy() {
+    let steps = [
+        ("notifier", "listenc", "LISTEN c1; LISTEN c2;"),
+        ("notifier", "notify1", "NOTIFY c1;"),
+        ("notifier", "notify2", "NOTIFY c2, 'payload';"),
+        ("notifier", "notify3", "NOTIFY c3, 'payload3';"),
+        (
+            "notifier",
+            "notifyf",
+            "SELECT pg_notify('c2', NULL), pg_notify('c1', 'x' || n) FROM generate_series(1, 3) n;",
+        ),
+        (
+            "notifier",
+            "notifyd1",
+            "NOTIFY c2, 'payload'; NOTIFY c1; NOTIFY \"c2\", 'payload';",
+        ),
+        (
+            "notifier",
+            "notifyd2",
+            "NOTIFY c1; NOTIFY c1; NOTIFY c1, 'p1'; NOTIFY c1, 'p2'; NOTIFY c1, 'p1';",
+        ),
+        (
+            "notifier",
+            "notifys1",
+            "BEGIN; NOTIFY c1, 'payload'; NOTIFY \"c2\", 'payload'; SAVEPOINT s1; NOTIFY c1, 'payload'; \
+             NOTIFY c1, 'payloads'; NOTIFY \"c2\", 'payloads'; RELEASE SAVEPOINT s1; SAVEPOINT s2; \
+             NOTIFY c1, 'rpayload'; NOTIFY c1, 'rpayloads'; ROLLBACK TO SAVEPOINT s2; COMMIT;",
+        ),
+        (
+            "notifier",
+            "usage",
+            "SELECT pg_notification_queue_usage() > 0 AS nonzero;",
+        ),
+        (
+            "notifier",
+            "bignotify",
+            "SELECT count(pg_notify('c1', s::text)) FROM generate_series(1, 1000) s;",
+        ),
+        ("listener", "llisten", "LISTEN c1; LISTEN c2;"),
+        ("listener", "lcheck", "SELECT 1 AS x;"),
+        ("listener", "lbegin", "BEGIN;"),
+        ("listener", "lbegins", "BEGIN ISOLATION LEVEL SERIALIZABLE;"),
+        ("listener", "lcommit", "COMMIT;"),
+        ("listener", "lunlisten", "UNLISTEN *;"),
+        ("listener2", "l2listen", "LISTEN c1;"),
+        ("listener2", "l2begin", "BEGIN;"),
+        ("listener2", "l2commit", "COMMIT;"),
+        ("listener2", "l2stop", "UNLISTEN *;"),
+    ];
+    let permutations = [
+        "listenc notify1 notify2 notify3 notifyf",
+        "listenc notifyd1 notifyd2 notifys1",
+        "llisten notify1 notify2 notify3 notifyf lcheck",
+        "listenc llisten notify1 notify2 notify3 notifyf lcheck",
+        "llisten lunlisten notify1 lcheck",
+        "l2listen l2begin notify1 lbegins llisten lcommit l2commit l2stop",
+        "llisten l2listen lbegin notify1 lcheck l2begin notifyd2 l2commit lcommit lcheck",
+        // The first `usage` of the original asks for a queue that no other test uses.
+        "llisten lbegin bignotify usage lcommit",
+    ];
+    let play = async |permutation: &str, mut sessions: HashMap<&'static str, Raw>| {
+        let pids: HashMap<i32, &'static str> = sessions
+            .iter()
+            .map(|(name, raw)| (raw.pid(), *name))
+            .collect();
+        let mut heard = Vec::new();
+        for step in permutation.split(' ') {
+            let (session, _, sql) = steps.iter().find(|(_, name, _)| *name == step).unwrap();
+            let frames = sessions
+                .get_mut(session)
+                .unwrap()
+                .ask_frames(&query(sql))
+                .await;
+            let (news, others): (Vec<_>, Vec<_>) =
+                frames.into_iter().partition(|frame| frame.tag == b'A');
+            let news: Vec<_> = news
+                .iter()
+                .map(|frame| {
+                    let pid = i32::from_be_bytes(frame.body[..4].try_into().unwrap());
+                    (
+                        pids[&pid],
+                        String::from_utf8_lossy(&frame.body[4..]).into_owned(),
+                    )
+                })
+                .collect();
+            heard.push((step.to_owned(), news, transcript(&others)));
+        }
+        heard
+    };
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 3).await;
+    for permutation in permutations {
+        let mut direct: HashMap<&'static str, Raw> = HashMap::new();
+        let mut through: HashMap<&'static str, Raw> = HashMap::new();
+        for name in ["notifier", "listener", "listener2"] {
+            direct.insert(name, proxy.raw_direct().await);
+            through.insert(name, proxy.raw().await);
+        }
+        let wanted = play(permutation, direct).await;
+        assert_eq!(wanted, play(permutation, through).await, "{permutation}");
+        wait_until("they are gone", PATIENCE, async || {
+            proxy.metric("flowgate_clients") == 0
+        })
+        .await;
+    }
+    assert_eq!(proxy.metric("flowgate_event_own_late_total"), 0);
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_session_that_leaves_in_a_transaction_leaves_no_channel_behind() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    for script in [
+        vec!["listen one", "begin"],
+        vec!["begin", "listen two", "commit and chain"],
+        vec!["listen three", "begin", "unlisten *", "listen four"],
+    ] {
+        let mut leaving = proxy.raw().await;
+        for statement in &script {
+            leaving.query(statement).await;
+        }
+        drop(leaving);
+        let mut next = proxy.raw().await;
+        assert_eq!(
+            next.query("select pg_listening_channels()").await,
+            proxy
+                .raw_direct()
+                .await
+                .query("select pg_listening_channels()")
+                .await,
+            "{script:?}"
+        );
+    }
+    proxy.shut_down().await;
+}
+
+/// Who knows that something was notified, and then asks a session that listens, has heard of it when the answer is there.
+#[tokio::test]
+async fn what_was_notified_before_a_request_is_heard_before_its_answer_ends() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 2).await;
+    let mut listener = proxy.raw().await;
+    listener.query("listen told").await;
+    let mut other = proxy.raw().await;
+    for round in 0..200 {
+        other.query(&format!("notify told, '{round}'")).await;
+        let frames = if round % 2 == 0 {
+            listener.ask_frames(&query("select 1")).await
+        } else {
+            listener.ask_frames(&extended("select 1", &[])).await
+        };
+        let news: Vec<_> = frames.iter().filter(|frame| frame.tag == b'A').collect();
+        assert_eq!(news.len(), 1, "{round}: {}", tags(&frames));
+        let told = String::from_utf8_lossy(&news[0].body[4..]).into_owned();
+        assert_eq!(told, format!("told\0{round}\0"));
+    }
+    proxy.shut_down().await;
+}
+
+/// Nothing is lost, and nothing doubled, between the commit of a LISTEN and the hub's taking over from its server.
+#[tokio::test]
+async fn a_listen_that_commits_under_fire_hears_everything_from_then_on_once() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 4).await;
+    let direct = db.connect().await;
+    let (_keeper, _heard) = {
+        let (client, hearing) = proxy.connect_hearing().await;
+        client.batch_execute("listen fire").await.unwrap();
+        (client, hearing)
+    };
+    let stop = AtomicBool::new(false);
+    let fire = async {
+        let mut shot = 0;
+        while !stop.load(Ordering::Relaxed) {
+            shot += 1;
+            let sql = format!("notify fire, '{shot}'");
+            direct.batch_execute(&sql).await.unwrap();
+        }
+        shot
+    };
+    let join = async {
+        let mut first = Vec::new();
+        let mut sessions = Vec::new();
+        for round in 0..16 {
+            let mut session = proxy.raw().await;
+            session.query("begin").await;
+            session.query("listen fire").await;
+            if round % 2 == 0 {
+                session.query("listen more").await;
+            }
+            let frames = session.ask_frames(&query("commit")).await;
+            first.push(frames);
+            sessions.push(session);
+        }
+        stop.store(true, Ordering::Relaxed);
+        (first, sessions)
+    };
+    let (last, (first, sessions)) = futures_util::future::join(fire, join).await;
+    for (frames, mut session) in first.into_iter().zip(sessions) {
+        let mut shots: Vec<u64> = frames.iter().filter_map(shot).collect();
+        while shots.last() != Some(&last) {
+            shots.extend(session.until(b'A').await.iter().filter_map(shot));
+        }
+        let wanted: Vec<u64> = (shots[0]..=last).collect();
+        assert_eq!(shots, wanted);
+    }
+    proxy.shut_down().await;
+}
+
+fn shot(frame: &Frame) -> Option<u64> {
+    let told = frame.body.get(4..).filter(|_| frame.tag == b'A')?;
+    let payload = told.split(|&byte| byte == 0).nth(1)?;
+    std::str::from_utf8(payload).ok()?.parse().ok()
 }
 
 // ---- the flow ----

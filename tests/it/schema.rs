@@ -6,8 +6,13 @@ use flowgate::schema::{
 };
 
 use crate::support::pg::{TestDb, empty_database, fresh_database, replica_catches_up};
+use crate::support::proxy::connect_hearing;
 
-const DEFAULT: InstallOptions = InstallOptions { pgflow: None };
+const DEFAULT: InstallOptions = InstallOptions {
+    pgflow: None,
+    events_only: false,
+    direct_notify: false,
+};
 
 #[tokio::test]
 async fn the_first_install_brings_everything_and_the_second_does_nothing() {
@@ -203,6 +208,159 @@ async fn a_pgflow_of_somebody_elses_is_left_alone() {
     assert_eq!(
         text(&db, "select (to_regnamespace('flowgate') is null)::text").await,
         "true"
+    );
+}
+
+const EVENTS_ONLY: InstallOptions = InstallOptions {
+    pgflow: None,
+    events_only: true,
+    direct_notify: false,
+};
+
+/// A `realtime.send` as those who are not on Supabase write it, for one role.
+const STUB: &str = "create schema pgflow; create table pgflow.flows (theirs int); create schema realtime; \
+    create table realtime.sent (topic text, payload jsonb); \
+    create function realtime.send(payload jsonb, event text, topic text, private boolean default true) returns void \
+    language sql as $$ insert into realtime.sent values (topic, payload); select pg_notify(topic, payload::text) $$; \
+    revoke all on function realtime.send(jsonb, text, text, boolean) from public";
+
+#[tokio::test]
+async fn a_send_of_somebody_elses_gives_way_where_that_is_asked_for_and_comes_back() {
+    let db = empty_database().await;
+    let client = db.connect().await;
+    client.batch_execute(STUB).await.unwrap();
+    let role = format!("sender_{}", db.name);
+    client
+        .batch_execute(&format!(
+            "create role {role}; grant usage on schema realtime to {role}; \
+             grant execute on function realtime.send(jsonb, text, text, boolean) to {role}; \
+             grant insert on realtime.sent to {role}"
+        ))
+        .await
+        .unwrap();
+    let state = "select string_agg(concat_ws('|', pg_get_functiondef(oid), proowner::regrole, proacl), '') from pg_proc \
+                 where pronamespace = 'realtime'::regnamespace";
+    let before = text(&db, state).await;
+
+    let refused = install(&db.url(), DEFAULT).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("not flowgate's") && refused.contains("--events-only"),
+        "{refused}"
+    );
+    assert_eq!(text(&db, state).await, before);
+    for _ in 0..2 {
+        let report = install(&db.url(), EVENTS_ONLY).await.unwrap();
+        assert_eq!(report.pgmq, PgmqOutcome::NotAskedFor);
+        assert_eq!(report.components.len(), 1);
+    }
+    assert!(
+        schema::check_for(&db.url(), EVENTS_ONLY)
+            .await
+            .unwrap()
+            .is_up_to_date()
+    );
+    // An upgrade goes on with it.
+    install(&db.url(), DEFAULT).await.unwrap();
+    let send = format!(
+        "set role {role}; select realtime.send('{{\"n\": 1}}', 'e', 'pgflow:run:r', false); reset role"
+    );
+    client.batch_execute(&send).await.unwrap();
+    assert_eq!(
+        text(
+            &db,
+            "select string_agg(topic || seq, '') from flowgate.event"
+        )
+        .await,
+        "pgflow:run:r1"
+    );
+
+    uninstall(&db.url()).await.unwrap();
+    assert_eq!(text(&db, state).await, before);
+    client.batch_execute(&send).await.unwrap();
+    assert_eq!(
+        text(&db, "select string_agg(topic, '') from realtime.sent").await,
+        "pgflow:run:r"
+    );
+    client
+        .batch_execute(&format!("drop owned by {role}; drop role {role}"))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn supabases_own_send_is_left_alone() {
+    let db = empty_database().await;
+    let client = db.connect().await;
+    client.batch_execute(STUB).await.unwrap();
+    client
+        .batch_execute("create table realtime.subscription (id int)")
+        .await
+        .unwrap();
+    for options in [DEFAULT, EVENTS_ONLY] {
+        let refused = install(&db.url(), options).await.unwrap_err().to_string();
+        assert!(refused.contains("Supabase"), "{refused}");
+    }
+    assert_eq!(
+        text(&db, "select (to_regnamespace('flowgate') is null)::text").await,
+        "true"
+    );
+}
+
+#[tokio::test]
+async fn those_who_listen_to_postgres_itself_hear_events_where_that_is_asked_for() {
+    let db = empty_database().await;
+    let options = InstallOptions {
+        direct_notify: true,
+        ..EVENTS_ONLY
+    };
+    let (client, mut hearing) = connect_hearing(&db.primary_url).await;
+    client.batch_execute(STUB).await.unwrap();
+    install(&db.url(), options).await.unwrap();
+    client
+        .batch_execute("listen \"pgflow:run:r\"")
+        .await
+        .unwrap();
+    let send = async |payload: &str, topic: &str| {
+        let sql = format!("select realtime.send({payload}, 'e', '{topic}', false)");
+        client.batch_execute(&sql).await.unwrap();
+    };
+    send("'{\"n\": 1}'", "pgflow:run:r").await;
+    assert_eq!(hearing.notification().await.payload(), "{\"n\": 1}");
+    // What NOTIFY refuses fails nobody.
+    send("'{}'", &"t".repeat(64)).await;
+    send("'{}'", "").await;
+    let big = "jsonb_build_object('run_id', 'r', 'event_type', 'run:completed', 'output', repeat('x', 10000))";
+    send(big, "pgflow:run:r").await;
+    let told: serde_json::Value =
+        serde_json::from_str(hearing.notification().await.payload()).unwrap();
+    let wanted =
+        serde_json::json!({"run_id": "r", "event_type": "run:completed", "truncated": true});
+    assert_eq!(told, wanted);
+    // In partitions made later as well, and only as long as it is on.
+    client
+        .batch_execute("select flowgate.ensure_partitions(30)")
+        .await
+        .unwrap();
+    assert_eq!(
+        text(&db, "select flowgate.set_direct_notify(false)::text").await,
+        "false"
+    );
+    assert!(
+        schema::check_for(&db.url(), EVENTS_ONLY)
+            .await
+            .unwrap()
+            .is_up_to_date()
+    );
+    send("'{}'", "pgflow:run:r").await;
+    assert_eq!(
+        text(&db, "select flowgate.set_direct_notify(true)::text").await,
+        "true"
+    );
+    send("'{\"n\": 2}'", "pgflow:run:r").await;
+    assert_eq!(hearing.notification().await.payload(), "{\"n\": 2}");
+    assert_eq!(
+        text(&db, "select count(*)::text from flowgate.event").await,
+        "6"
     );
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::outside::Outside;
+use self::subscriptions::Overheard;
 use self::tally::Tally;
 use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
@@ -140,8 +141,14 @@ struct Transaction {
     writing: Option<Writing>,
     /// The run it has read or written, `All` if several or not known.
     touched: Option<RunRef>,
-    /// Its server listens to the client's channels, to list them.
-    listens: bool,
+    /// Its server has been made to listen to these, all that the client did before; `None`: it was not.
+    lent: Option<Vec<String>>,
+    /// It ran LISTEN or UNLISTEN.
+    subscribes: bool,
+    /// The channels of its LISTENs whose names the server cuts.
+    long_names: Vec<String>,
+    /// What its server was notified of, if it ran LISTEN or UNLISTEN.
+    heard: Overheard,
 }
 
 impl Transaction {
@@ -465,11 +472,12 @@ impl Session {
         self.entry().note_statements(self.prepared.len());
         self.forget_deallocated(effects, ending, consequences);
         self.mark_server(effects);
+        self.note_subscriptions(effects);
         if after == TxStatus::Idle {
-            self.end_transaction(ending, consequences, now).await?;
+            self.end_transaction(consequences, now).await?;
         }
         self.close_books();
-        if consequences.notified {
+        if after == TxStatus::Idle {
             self.hear_own().await?;
         }
         if self.exchange.keep_ready {
@@ -511,7 +519,6 @@ impl Session {
     /// Outside a transaction again: the session adopts what was committed, and keeps the server only if it is pinned to it.
     async fn end_transaction(
         &mut self,
-        ending: Ending,
         consequences: Consequences,
         now: Instant,
     ) -> Result<(), SessionError> {
@@ -530,11 +537,8 @@ impl Session {
                 reset::forget_settings_but(lease, &self.state.settings);
             }
         }
-        if consequences.subscriptions {
-            Box::pin(self.adopt_subscriptions(ending.failed || ending.rolled_back)).await?;
-        }
         self.state.forget_transaction();
-        self.take_back_subscriptions().await?;
+        Box::pin(self.adopt_subscriptions()).await?;
         if let Some(code) = self.state.take_opaque()
             && self.replica.is_none()
         {

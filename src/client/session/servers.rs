@@ -157,10 +157,12 @@ impl Session {
     /// What some statements need before they run: a database without our idle servers in it; statements prepared by
     /// message under the names that SQL calls them by.
     pub(super) async fn make_ready_for(&mut self, effects: &[Effect]) -> Result<(), SessionError> {
+        if effects.iter().any(Effect::concerns_listening) {
+            self.lend_subscriptions().await?;
+        }
         for effect in effects {
             match effect {
                 Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
-                Effect::ListeningChannels => self.lend_subscriptions().await?,
                 Effect::SequenceValue => self.forget_others_draws().await?,
                 Effect::PreparedStatements => self.show_statements().await?,
                 Effect::Execute(name) | Effect::Deallocate(name) => {
@@ -337,9 +339,12 @@ impl Session {
         if lease.in_flight || lease.unbooked || !lease.stream.input.is_empty() {
             return;
         }
-        let pinned = !self.state.pins.is_empty();
+        let lent = self.transaction.lent.as_ref();
+        let listens = self.transaction.subscribes || lent.is_some_and(|lent| !lent.is_empty());
+        let marked = !self.state.pins.is_empty() || listens;
+        lease.heard = None;
         let clean = async {
-            if pinned {
+            if marked {
                 reset::discard(&mut lease).await
             } else {
                 reset::roll_back(&mut lease).await

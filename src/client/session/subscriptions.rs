@@ -1,17 +1,22 @@
 //! LISTEN and UNLISTEN: a session's subscription at the hub, and what of it servers are told. Never delivers: that is
 //! `waiting.rs`'s. Called by `mod.rs`, `servers.rs` and `batches.rs`.
 
+use std::collections::HashSet;
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use super::{Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::SessionError;
 use crate::client::reply;
-use crate::events::{EventsError, Subscriber};
+use crate::events::{Delivery, EventsError, Subscriber};
+use crate::pgflow::events::truncate_identifier;
 use crate::pool::reset;
 use crate::route::Subscription;
+use crate::server::conn::Heard;
 use crate::wire::error_response::ErrorResponse;
-use crate::wire::frame::Header;
+use crate::wire::frame::{self, Header};
 use crate::wire::messages::TxStatus;
 use crate::wire::quote;
 
@@ -70,67 +75,131 @@ impl Session {
         }
     }
 
-    /// A transaction that ran LISTEN or UNLISTEN has ended. Which LISTENs are in force, after savepoints and all, the server
-    /// knows; they move to the hub before the client hears of the commit.
-    pub(super) async fn adopt_subscriptions(
-        &mut self,
-        rolled_back: bool,
-    ) -> Result<(), SessionError> {
+    /// A server on which a transaction may begin that listens to something, or asks what is listened to, has to listen to what
+    /// the client does, until that transaction ends. Inside one it would be too late: a LISTEN counts from its commit.
+    pub(super) async fn lend_subscriptions(&mut self) -> Result<(), SessionError> {
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
-        let channels = listed.map_err(server_lost)?;
-        if !rolled_back {
-            for effect in self.state.subscriptions() {
-                match (effect, &self.subscriber) {
-                    (Effect::Unlisten(channel), Some(subscriber)) => subscriber.unlisten(channel),
-                    (Effect::UnlistenAll, Some(subscriber)) => subscriber.unlisten_all(),
-                    _ => {}
-                }
-            }
+        if lease.tx != TxStatus::Idle || self.transaction.lent.is_some() {
+            return Ok(());
         }
-        self.adopt_channels(&channels).await
+        let channels = self.subscriber.as_ref().map(Subscriber::channels);
+        let channels = channels.unwrap_or_default();
+        lease.heard = Some(Heard::default());
+        if !channels.is_empty() {
+            let script: String = channels
+                .iter()
+                .map(|channel| format!("LISTEN {};", quote::ident(truncate_identifier(channel))))
+                .collect();
+            let listening = reset::command(lease, &script).await;
+            listening.map_err(server_lost)?;
+        }
+        self.transaction.lent = Some(channels);
+        Ok(())
     }
 
-    /// What the server listens to, the hub does from now on.
+    /// The request has run; what its LISTENs and UNLISTENs come to is known when the transaction ends.
+    pub(super) fn note_subscriptions(&mut self, effects: &[Effect]) {
+        for effect in effects {
+            match (effect, &self.subscriber) {
+                (Effect::Listen(channel), _) => {
+                    if truncate_identifier(channel) != channel {
+                        self.transaction.long_names.push(channel.clone());
+                    }
+                }
+                // Only a statement that was prepared before and is bound in the middle of a request comes to a server that
+                // does not listen.
+                (Effect::Unlisten(channel), Some(subscriber)) => {
+                    if self.transaction.lent.is_none() && self.exchange.error.is_none() {
+                        subscriber.unlisten(channel);
+                    }
+                }
+                (Effect::UnlistenAll, Some(subscriber)) => {
+                    if self.transaction.lent.is_none() && self.exchange.error.is_none() {
+                        subscriber.unlisten_all();
+                    }
+                }
+                (Effect::Unlisten(_) | Effect::UnlistenAll, None) => {}
+                _ => continue,
+            }
+            self.transaction.subscribes = true;
+        }
+    }
+
+    /// The transaction has ended. What the session listens to now, after savepoints and all, the server knows; that moves to
+    /// the hub before the client hears of the commit, and the server listens no more. What it is told in between is kept: a
+    /// channel just joined is the hub's only from a moment after the commit.
+    pub(super) async fn adopt_subscriptions(&mut self) -> Result<(), SessionError> {
+        let lent = self.transaction.lent.take();
+        let long_names = std::mem::take(&mut self.transaction.long_names);
+        let subscribes = std::mem::take(&mut self.transaction.subscribes);
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(());
+        };
+        if !subscribes {
+            lease.heard = None;
+            if lent.is_some_and(|lent| !lent.is_empty()) {
+                self.hush_server().await?;
+            }
+            return Ok(());
+        }
+        let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
+        let listed: HashSet<String> = listed.map_err(server_lost)?.into_iter().collect();
+        let lent = lent.unwrap_or_default();
+        for channel in &lent {
+            if !listed.contains(truncate_identifier(channel))
+                && let Some(subscriber) = &self.subscriber
+            {
+                subscriber.unlisten(channel);
+            }
+        }
+        let before: HashSet<&str> = lent.iter().map(|name| truncate_identifier(name)).collect();
+        let mut joined = listed.clone();
+        joined.retain(|name| !before.contains(name.as_str()));
+        for channel in &joined {
+            let mut long = long_names.iter();
+            let long = long.find(|name| truncate_identifier(name) == channel);
+            let listening = self.subscriber().listen(long.unwrap_or(channel)).await;
+            match listening {
+                Ok(()) => {}
+                // Too late for an error: the transaction is committed.
+                Err(EventsError::BadCursor) => {
+                    ErrorResponse::notice(format!(
+                        "not listening to \"{channel}\": invalid cursor"
+                    ))
+                    .put(&mut self.client.output);
+                }
+                Err(error) => return Err(SessionError::Cut(error.to_string())),
+            }
+        }
+        if let (false, Some(lease)) = (joined.is_empty(), self.lease.as_mut()) {
+            // What the hub was told before it had joined, the server may not have been told yet: whoever commits a notification
+            // wakes the listeners one by one. One that notifies reads all there is.
+            let caught_up = reset::command(lease, "NOTIFY flowgate_joined").await;
+            caught_up.map_err(server_lost)?;
+        }
+        if !listed.is_empty() {
+            self.hush_server().await?;
+        }
+        let heard = self.lease.as_mut().and_then(|lease| lease.heard.take());
+        if let Some(heard) = heard {
+            let Some(frames) = heard.into_frames() else {
+                return Err(SessionError::Cut("TooSlow".into()));
+            };
+            let frames = split(frames.into());
+            self.transaction.heard = Overheard { frames, joined };
+        }
+        Ok(())
+    }
+
+    /// What the server listens to by code that nobody saw, the hub does from now on.
     pub(super) async fn adopt_channels(&mut self, channels: &[String]) -> Result<(), SessionError> {
         for channel in channels {
             let listening = self.subscriber().listen(channel).await;
             listening.map_err(|error| SessionError::Cut(error.to_string()))?;
         }
         if !channels.is_empty() {
-            self.hush_server().await?;
-        }
-        Ok(())
-    }
-
-    /// A server that is asked what this session listens to has to listen to it; until the transaction ends. Inside a
-    /// transaction that is not possible: a LISTEN counts from its commit.
-    pub(super) async fn lend_subscriptions(&mut self) -> Result<(), SessionError> {
-        let channels = self
-            .subscriber
-            .as_ref()
-            .map(Subscriber::channels)
-            .unwrap_or_default();
-        let (Some(lease), false) = (self.lease.as_mut(), channels.is_empty()) else {
-            return Ok(());
-        };
-        if lease.tx == TxStatus::Idle {
-            let script: String = channels
-                .iter()
-                .map(|channel| format!("LISTEN {};", quote::ident(channel)))
-                .collect();
-            let listening = reset::command(lease, &script).await;
-            listening.map_err(server_lost)?;
-            self.transaction.listens = true;
-        }
-        Ok(())
-    }
-
-    /// A server that was to list the channels listens no more.
-    pub(super) async fn take_back_subscriptions(&mut self) -> Result<(), SessionError> {
-        if std::mem::take(&mut self.transaction.listens) {
             self.hush_server().await?;
         }
         Ok(())
@@ -144,31 +213,20 @@ impl Session {
         quiet.map(drop).map_err(server_lost)
     }
 
-    /// Whether ReadyForQuery must wait for the session: the request may end a transaction that ran LISTEN, or one that
-    /// notified a session that listens, itself perhaps.
+    /// Whether ReadyForQuery must wait for the session: it listens, or the request may end a transaction that ran LISTEN.
     pub(super) fn keeps_ready(&self, effects: &[Effect]) -> bool {
-        if self.notifies(effects) {
-            return true;
-        }
-        let subscribes = |effect: &Effect| {
-            matches!(
-                effect,
-                Effect::Listen(_) | Effect::Unlisten(_) | Effect::UnlistenAll
-            )
-        };
-        self.state.awaits_subscriptions() || effects.iter().any(subscribes)
+        self.transaction.subscribes
+            || effects.iter().any(Effect::subscribes)
+            || self
+                .subscriber
+                .as_ref()
+                .is_some_and(Subscriber::hears_ordinary)
     }
 
-    fn notifies(&self, effects: &[Effect]) -> bool {
-        let listens = self
-            .subscriber
-            .as_ref()
-            .is_some_and(Subscriber::hears_ordinary);
-        listens && (self.state.awaits_notifications() || effects.contains(&Effect::Notify))
-    }
-
-    /// The request has notified: what a session sends to itself it hears before it may send the next one. (sql-notify.html)
+    /// Before it is told that its request is done, a session hears what was committed before: what others told it, and what it
+    /// sent to itself, by whatever function or trigger. (sql-notify.html)
     pub(super) async fn hear_own(&mut self) -> Result<(), SessionError> {
+        let heard = std::mem::take(&mut self.transaction.heard);
         let Some(subscriber) = self.subscriber.as_ref().filter(|s| s.hears_ordinary()) else {
             return Ok(());
         };
@@ -177,8 +235,26 @@ impl Session {
         }
         // Late is better than never: it comes when it comes.
         subscriber.catch_up(OWN_WAIT).await;
-        let first = subscriber.try_next();
-        self.put_deliveries(first).await
+        let channels = subscriber.ordinary_channels();
+        let Overheard { mut frames, joined } = heard;
+        frames.retain(|frame| channels.contains(notified_channel(frame)));
+        let mut queued = Vec::new();
+        let mut rest = subscriber.try_next();
+        while !frames.is_empty()
+            && let Some(Delivery::Frame(frame)) = rest
+        {
+            queued.push(frame);
+            rest = subscriber.try_next();
+        }
+        let is_joined = |frame: &Bytes| joined.contains(notified_channel(frame));
+        let mut all = in_order(queued, frames, is_joined);
+        // Whoever puts a delivery puts what has come meanwhile behind it: so that is for the last one.
+        let last = rest.or_else(|| all.pop().map(Delivery::Frame));
+        for frame in all {
+            self.client.output.extend_from_slice(&frame);
+            self.shared.counters.notifications.inc();
+        }
+        self.put_deliveries(last).await
     }
 
     fn subscriber(&mut self) -> &Subscriber {
@@ -191,6 +267,8 @@ impl Session {
 fn not_listening(error: &EventsError) -> ErrorResponse {
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
+        EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
+            .with_detail("What follows the @ is the number of an event of the run; other channels take none."),
         EventsError::TooManyChannels { limit } => {
             ErrorResponse::error("53400", "too many channels")
                 .with_detail(format!("One session may listen on {limit}."))
@@ -203,5 +281,98 @@ fn not_listening(error: &EventsError) -> ErrorResponse {
                 .with_detail("The proxy's own connection for notifications is not available.")
                 .with_hint("Retry; see the proxy's log.")
         }
+    }
+}
+
+/// What the server itself was told.
+#[derive(Default)]
+pub(super) struct Overheard {
+    frames: Vec<Bytes>,
+    /// The channels that the hub listens to since then.
+    joined: HashSet<String>,
+}
+
+/// (protocol-message-formats.html, NotificationResponse)
+fn notified_channel(frame: &[u8]) -> &str {
+    let names = frame.get(frame::HEADER + 4..).unwrap_or_default();
+    let channel = names.split(|&byte| byte == 0).next().unwrap_or_default();
+    std::str::from_utf8(channel).unwrap_or_default()
+}
+
+fn split(mut bytes: Bytes) -> Vec<Bytes> {
+    let mut frames = Vec::new();
+    while let Some(header) = Header::peek(&bytes).filter(|header| header.whole <= bytes.len()) {
+        frames.push(bytes.split_to(header.whole));
+    }
+    frames
+}
+
+/// What the hub queued and what the server was told, as one: the hub has all the server was told but for the beginning of what
+/// came on channels it had yet to join.
+fn in_order(
+    mut queued: Vec<Bytes>,
+    heard: Vec<Bytes>,
+    is_joined: impl Fn(&Bytes) -> bool,
+) -> Vec<Bytes> {
+    let joined = heard.iter().filter(|frame| is_joined(frame)).count();
+    for missing in 0..=joined {
+        let mut missed = 0;
+        let both: Vec<&Bytes> = heard
+            .iter()
+            .filter(|frame| {
+                let misses = missed < missing && is_joined(frame);
+                missed += usize::from(misses);
+                !misses
+            })
+            .collect();
+        if both.is_empty() {
+            break;
+        }
+        let at = queued
+            .windows(both.len())
+            .position(|window| window.iter().eq(both.iter().copied()));
+        if let Some(at) = at {
+            queued.splice(at..at + both.len(), heard);
+            return queued;
+        }
+    }
+    // What the hub has of channels just joined is younger than all of it.
+    let at = queued.iter().position(is_joined).unwrap_or(queued.len());
+    queued.splice(at..at, heard);
+    queued
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(queued: &str, heard: &str, expected: &str) {
+        let frames = |letters: &str| -> Vec<Bytes> {
+            let letters = letters.chars();
+            letters
+                .map(|letter| Bytes::from(letter.to_string()))
+                .collect()
+        };
+        // Capitals: of a channel just joined.
+        let all = in_order(frames(queued), frames(heard), |frame| {
+            frame[0].is_ascii_uppercase()
+        });
+        let all: String = all.iter().map(|frame| char::from(frame[0])).collect();
+        assert_eq!(all, expected, "{queued}");
+    }
+
+    #[test]
+    fn what_hub_and_server_were_told_comes_once_and_in_order() {
+        check("", "", "");
+        check("", "A", "A");
+        check("ab", "", "ab");
+        check("xaCbDy", "EaCbD", "xEaCbDy");
+        check("ab", "aAb", "aAb");
+        check("xabBy", "aAbB", "xaAbBy");
+        check("By", "AB", "ABy");
+        check("x", "A", "xA");
+        check("xay", "aA", "xaAy");
+        check("xBCy", "A", "xABCy");
     }
 }

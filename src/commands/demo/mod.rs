@@ -256,6 +256,7 @@ async fn play(args: &Args, stage: &mut Stage, screen: &mut Screen) -> Result<Ver
     let pgmq = match installed.pgmq {
         PgmqOutcome::AlreadyThere => "was there",
         PgmqOutcome::Extension => "as extension",
+        PgmqOutcome::NotAskedFor => "left out",
         PgmqOutcome::Embedded => "from its crate",
     };
     done(

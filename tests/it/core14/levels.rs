@@ -15,12 +15,20 @@ use super::{Core, WORKER, at_0_14, lines, refused, run, show, try_show};
 use crate::support::pg::{TestDb, empty_database, fresh_database_at};
 use crate::support::wait::wait_until;
 
-const KEEP: InstallOptions = InstallOptions { pgflow: None };
+const KEEP: InstallOptions = InstallOptions {
+    pgflow: None,
+    events_only: false,
+    direct_notify: false,
+};
 const LOW: InstallOptions = InstallOptions {
     pgflow: Some(PgflowApi::V0_7),
+    events_only: false,
+    direct_notify: false,
 };
 const HIGH: InstallOptions = InstallOptions {
     pgflow: Some(PgflowApi::V0_14),
+    events_only: false,
+    direct_notify: false,
 };
 
 impl Core {

@@ -13,3 +13,4 @@ pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod script;
 pub(crate) mod wait;
+pub(crate) mod work;

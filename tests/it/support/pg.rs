@@ -69,7 +69,10 @@ pub(crate) async fn fresh_database_at(api: PgflowApi) -> TestDb {
     };
     made.get_or_init(async || {
         let template = make_database(name, "template1").await;
-        let options = InstallOptions { pgflow: Some(api) };
+        let options = InstallOptions {
+            pgflow: Some(api),
+            ..InstallOptions::default()
+        };
         schema::install(&template.url(), options).await.unwrap();
     })
     .await;

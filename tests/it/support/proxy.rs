@@ -184,7 +184,9 @@ pub(crate) async fn try_connect(url: &str) -> Result<Client, tokio_postgres::Err
     Ok(try_connect_hearing(url).await?.0)
 }
 
-async fn try_connect_hearing(url: &str) -> Result<(Client, Hearing), tokio_postgres::Error> {
+pub(crate) async fn try_connect_hearing(
+    url: &str,
+) -> Result<(Client, Hearing), tokio_postgres::Error> {
     let (client, mut connection) = timeout(PATIENCE, tokio_postgres::connect(url, NoTls))
         .await
         .unwrap()?;
