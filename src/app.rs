@@ -27,6 +27,7 @@ use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
+use crate::park::Park;
 use crate::pool::checkout::ClientIds;
 use crate::pool::pools::Pools;
 use crate::pool::probe::Freshness;
@@ -174,6 +175,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         statements: StatementRegistry::new(u32::from_ne_bytes(random()?)),
         hubs: Arc::clone(&hubs),
         runs: Arc::new(RunTokens::new(Instant::now())),
+        park: Arc::new(Park::new(config.poll.probe, &registry)),
         started: Instant::now(),
         asks_for_draws: false.into(),
         counters: Counters::new(&registry),
@@ -248,6 +250,7 @@ fn route_settings(config: &Config) -> RouteSettings {
     RouteSettings {
         reads: config.route.reads,
         consistency: config.route.consistency,
+        park: config.poll.park,
     }
 }
 

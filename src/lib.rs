@@ -27,6 +27,7 @@ pub mod upstream;
 // Band 2: mechanisms, strangers to each other.
 pub mod cancel;
 pub mod events;
+pub mod park;
 pub mod pool;
 pub mod relay;
 pub mod route;

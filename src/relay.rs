@@ -43,6 +43,11 @@ pub(crate) struct Exchange {
     pub(crate) expected: VecDeque<Expected>,
     /// The response is held back until it is known not to be a refusal that another server would not make.
     pub(crate) hold: bool,
+    /// With `hold`: the response is held back until its first row or error; one without either is for the session, see
+    /// `take_held`.
+    pub(crate) hold_empty: bool,
+    /// BindComplete is an answer to a message of ours.
+    pub(crate) our_binds: bool,
     /// ReadyForQuery is kept from the client: the session has something to do first.
     pub(crate) keep_ready: bool,
     /// ParseComplete and CloseComplete answers to the client's own messages.
@@ -170,6 +175,13 @@ impl CommandTag {
         self.0.get(..end).unwrap_or_default()
     }
 
+    /// The rows that a SELECT says it has sent.
+    pub(crate) fn rows(&self) -> usize {
+        let text = std::str::from_utf8(&self.0).unwrap_or_default();
+        let count = text.trim_end_matches('\0').rsplit(' ').next();
+        count.and_then(|count| count.parse().ok()).unwrap_or(0)
+    }
+
     pub(crate) fn is(self, command: &str) -> bool {
         self == Self::of(command.as_bytes())
     }
@@ -228,6 +240,17 @@ impl Exchange {
 
     pub(crate) fn is_mid_message(&self) -> bool {
         self.passing > 0
+    }
+
+    /// The response so far, if nothing of it was let through: neither a row nor an error.
+    pub(crate) fn take_held(&mut self, server: &mut ServerConn) -> Option<Vec<u8>> {
+        if !std::mem::take(&mut self.hold) {
+            return None;
+        }
+        let held = std::mem::take(&mut self.held);
+        let bytes = server.stream.input.bytes().get(..held)?.to_vec();
+        server.stream.input.consume(held);
+        Some(bytes)
     }
 
     /// Ready for the next request; keeps its allocations.
@@ -290,7 +313,7 @@ impl Exchange {
                         Poll::Ready(Ok(count)) if count > 0 => continue,
                         Poll::Pending => {}
                         // Nothing of it reached the client, so another server may answer.
-                        Poll::Ready(_) if self.hold || self.refusing => {
+                        Poll::Ready(_) if self.hold && !self.hold_empty || self.refusing => {
                             return Poll::Ready(Ok(Pause::Refused));
                         }
                         Poll::Ready(Ok(_)) => return Poll::Ready(Err(RelayError::ServerClosed)),
@@ -456,9 +479,10 @@ impl Exchange {
         let misnamed = header.tag == b'E' && names_a_statement(bytes_of(server, header, scanned));
         // What is the server's or ours alone may go from among the client's.
         let ours = answer.is_some_and(|answer| answer.is_swallowed(header.tag));
-        let aside = header.tag == b'A' || ours;
+        let aside = header.tag == b'A' || ours || header.tag == b'2' && self.our_binds;
         let swallow = self.refusing || misnamed || aside || header.tag == b'Z' && self.keep_ready;
-        let cut_out = aside && scanned > 0 && scanned <= MOVED_MAX && !self.refusing;
+        let cut_out =
+            aside && scanned > 0 && (scanned <= MOVED_MAX || self.hold_empty) && !self.refusing;
         if swallow && scanned > 0 && !cut_out {
             self.release_held();
             return Ok(false);
@@ -510,7 +534,7 @@ impl Exchange {
                 self.farewell |= matches!(field(body, b'V'), Some(b"FATAL" | b"PANIC"));
                 self.expected.clear();
                 self.error.get_or_insert(code);
-                if self.hold && is_refusal(&code) {
+                if self.hold && !self.hold_empty && is_refusal(&code) {
                     self.misnamed.clear();
                     self.refusing = true;
                     self.hold = false;
@@ -535,6 +559,7 @@ impl Exchange {
                 }
             }
             b'C' => {
+                decisive = !self.hold_empty;
                 self.tag = CommandTag::of(body);
                 self.commands += 1;
             }

@@ -605,6 +605,15 @@ impl Prepared {
         })
     }
 
+    /// The same of any statement of this client's, the unnamed one too, if it was kept.
+    pub(super) fn source(&self, name: &[u8]) -> Option<(&[u8], &[u8])> {
+        if !name.is_empty() {
+            return self.text(name);
+        }
+        let parse = Parse::read(self.unnamed.as_ref()?.parse.get(HEADER..)?)?;
+        Some((parse.text, parse.types))
+    }
+
     /// Makes sure that the server's unnamed statement is this client's, or is none if it has none.
     fn bring_unnamed(&mut self, step: &mut Step<'_>) {
         if self.holds_unnamed(step.server) {

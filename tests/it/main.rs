@@ -17,6 +17,7 @@ mod embedded;
 mod events;
 mod hostile;
 mod maintenance;
+mod parking;
 mod pools;
 mod protocol;
 mod reads;

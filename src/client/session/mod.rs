@@ -3,9 +3,10 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
+//! the primary · `parking` polls that wait for work · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
 
 mod batches;
+mod parking;
 mod replica;
 mod servers;
 mod subscriptions;
@@ -31,7 +32,7 @@ use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, RunRef};
+use crate::classify::{Analysis, Effect, Feeds, RunRef};
 use crate::events::Subscriber;
 use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
@@ -75,6 +76,8 @@ pub(super) struct Session {
     seen_until: Instant,
     /// The replica that answered last, and when.
     last_replica: Option<(usize, Instant)>,
+    /// Its last poll found nothing.
+    polled_in_vain: bool,
 
     grouping: Grouping,
     survey: Survey,
@@ -130,6 +133,8 @@ struct Transaction {
     touched: Option<RunRef>,
     /// Its server listens to the client's channels, to list them.
     listens: bool,
+    /// The queues it may put messages into.
+    feeds: Feeds,
 }
 
 impl Transaction {
@@ -194,6 +199,7 @@ impl Session {
             subscriber: None,
             seen_until: Instant::now(),
             last_replica: None,
+            polled_in_vain: false,
             grouping: Grouping::default(),
             survey: Survey::default(),
             exchange: Exchange::default(),
@@ -269,6 +275,7 @@ impl Session {
             }
         };
         self.transaction.touch(unresolved(analysis.class.run()));
+        self.transaction.note_feeds(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Read(run) => {
@@ -282,6 +289,7 @@ impl Session {
                 self.run_query(Source::Kept, self.kept.len(), &analysis)
                     .await
             }
+            Plan::Park => self.park_query(header, &analysis).await,
             Plan::Primary | Plan::Held => {
                 self.run_query(Source::Input, header.whole, &analysis).await
             }
@@ -359,6 +367,7 @@ impl Session {
                     return self.extended_replica(upstream, len, end).await;
                 }
             }
+            Plan::Park => return self.park_batch(len, end).await,
             Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
         }
         self.run_extended(Source::Input, len, end).await
@@ -488,6 +497,7 @@ impl Session {
             self.seen_until = now;
             let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
             self.transaction.writing = None;
+            self.feed();
             self.shared.runs.seen(touched);
         }
         if consequences.settings_changed
