@@ -22,6 +22,7 @@ use crate::client::shared::{Counters, Order, Seats, Shared};
 pub use crate::client::shared::{Manner, NotReloaded, Reloaded};
 use crate::client::verifiers::VerifierError;
 use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
+use crate::coalesce::Flights;
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, Readiness};
@@ -175,6 +176,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         statements: StatementRegistry::new(u32::from_ne_bytes(random()?)),
         hubs: Arc::clone(&hubs),
         runs: Arc::new(RunTokens::new(Instant::now())),
+        flights: Arc::new(Flights::new(&registry)),
         park: Arc::new(Park::new(config.poll.probe, &registry)),
         started: Instant::now(),
         asks_for_draws: false.into(),

@@ -26,6 +26,7 @@ pub mod upstream;
 
 // Band 2: mechanisms, strangers to each other.
 pub mod cancel;
+pub mod coalesce;
 pub mod events;
 pub mod park;
 pub mod pool;

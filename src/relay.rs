@@ -26,6 +26,8 @@ use crate::wire::stream::Stream;
 const LOOKED_INTO_MAX: usize = 1024 * 1024;
 /// So much of what waits for the client is moved up when something behind it is swallowed; more is sent first.
 const MOVED_MAX: usize = 4 * 1024;
+/// Of what a client is told, so much is kept for others.
+const CAPTURED_MAX: usize = 256 * 1024;
 /// Bytes a client may send ahead while its request runs; beyond, it waits, as it would for Postgres itself.
 const READ_AHEAD_MAX: usize = 64 * 1024;
 /// After a client closed its sending side: how often to look whether it has closed the other one too.
@@ -46,6 +48,8 @@ pub(crate) struct Exchange {
     /// With `hold`: the response is held back until its first row or error; one without either is for the session, see
     /// `take_held`.
     pub(crate) hold_empty: bool,
+    /// What the client is told is kept here as well, unless it is too much. Outlives `begin`.
+    pub(crate) capture: Option<Vec<u8>>,
     /// BindComplete is an answer to a message of ours.
     pub(crate) our_binds: bool,
     /// ReadyForQuery is kept from the client: the session has something to do first.
@@ -261,6 +265,7 @@ impl Exchange {
             phase,
             extended,
             expected,
+            capture: self.capture.take(),
             ..Self::default()
         };
     }
@@ -385,6 +390,12 @@ impl Exchange {
                 .unwrap_or_default();
             match client.poll_send(cx, bytes) {
                 Poll::Ready(Ok(count)) => {
+                    if let Some(capture) = &mut self.capture {
+                        capture.extend_from_slice(bytes.get(..count).unwrap_or_default());
+                        if capture.len() > CAPTURED_MAX {
+                            self.capture = None;
+                        }
+                    }
                     server.stream.input.consume(count);
                     self.forward -= count;
                     self.bytes_out += count as u64;

@@ -605,6 +605,12 @@ impl Prepared {
         })
     }
 
+    /// What the client was promised of a statement's rows, in words of its own.
+    pub(super) fn promise(&self, name: &[u8]) -> String {
+        let named = self.named.get(name);
+        named.map_or_else(String::new, |named| format!("{:?}", named.shape))
+    }
+
     /// The same of any statement of this client's, the unnamed one too, if it was kept.
     pub(super) fn source(&self, name: &[u8]) -> Option<(&[u8], &[u8])> {
         if !name.is_empty() {

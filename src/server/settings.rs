@@ -66,6 +66,12 @@ impl Settings {
         others.flat_map(|(name, sql)| [name.as_str(), sql.as_str()])
     }
 
+    /// The application's name, too.
+    pub(crate) fn all_words(&self) -> impl Iterator<Item = &str> {
+        let all = self.values.iter();
+        all.flat_map(|(name, sql)| [name.as_str(), sql.as_str()])
+    }
+
     /// The same, with the application's name as in `other`.
     pub(crate) fn renamed_as(&self, other: &Self) -> Self {
         let mut renamed = self.clone();

@@ -25,6 +25,7 @@ mod reload;
 mod replication;
 mod schema;
 mod session;
+mod sharing;
 mod support;
 mod tls;
 mod transcripts;

@@ -3,12 +3,13 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `parking` polls that wait for work · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
+//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
 
 mod batches;
 mod parking;
 mod replica;
 mod servers;
+mod sharing;
 mod subscriptions;
 mod tally;
 mod waiting;
@@ -76,6 +77,8 @@ pub(super) struct Session {
     seen_until: Instant,
     /// The replica that answered last, and when.
     last_replica: Option<(usize, Instant)>,
+    /// What those have seen who will have this session's answer.
+    shared_floor: Option<Instant>,
     /// Its last poll found nothing.
     polled_in_vain: bool,
 
@@ -199,6 +202,7 @@ impl Session {
             subscriber: None,
             seen_until: Instant::now(),
             last_replica: None,
+            shared_floor: None,
             polled_in_vain: false,
             grouping: Grouping::default(),
             survey: Survey::default(),
@@ -278,22 +282,30 @@ impl Session {
         self.transaction.note_feeds(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
-            Plan::Read(run) => {
-                let Some(upstream) = self.fresh_replica(run).await else {
-                    return self.run_query(Source::Input, header.whole, &analysis).await;
-                };
-                self.keep(header.whole);
-                if self.query_replica(upstream, &analysis).await? {
-                    return Ok(());
-                }
-                self.run_query(Source::Kept, self.kept.len(), &analysis)
-                    .await
-            }
+            Plan::Read(run) => self.share_query(header, &analysis, run).await,
             Plan::Park => self.park_query(header, &analysis).await,
             Plan::Primary | Plan::Held => {
                 self.run_query(Source::Input, header.whole, &analysis).await
             }
         }
+    }
+
+    /// A simple Query that reads: on a replica that is fresh enough, or on the primary.
+    async fn read_query(
+        &mut self,
+        header: Header,
+        analysis: &Arc<Analysis>,
+        run: RunRef,
+    ) -> Result<(), SessionError> {
+        let Some(upstream) = self.fresh_replica(run).await else {
+            return self.run_query(Source::Input, header.whole, analysis).await;
+        };
+        self.keep(header.whole);
+        if self.query_replica(upstream, analysis).await? {
+            return Ok(());
+        }
+        self.run_query(Source::Kept, self.kept.len(), analysis)
+            .await
     }
 
     /// A simple Query on the server in hand, or on the primary.
@@ -363,9 +375,7 @@ impl Session {
                 return self.subscribe_extended(len, &change).await;
             }
             Plan::Read(run) if self.still_reads(end) => {
-                if let Some(upstream) = self.fresh_replica(run).await {
-                    return self.extended_replica(upstream, len, end).await;
-                }
+                return self.share_batch(len, end, run).await;
             }
             Plan::Park => return self.park_batch(len, end).await,
             Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}

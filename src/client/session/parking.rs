@@ -737,17 +737,17 @@ impl Wants {
 }
 
 /// The messages of a batch that may be answered here: of one statement, in the order drivers send them.
-struct Batch<'a> {
-    parse: Option<Parse<'a>>,
-    describes_statement: bool,
-    bind: Option<Bind<'a>>,
-    describes_portal: bool,
+pub(super) struct Batch<'a> {
+    pub(super) parse: Option<Parse<'a>>,
+    pub(super) describes_statement: bool,
+    pub(super) bind: Option<Bind<'a>>,
+    pub(super) describes_portal: bool,
 }
 
 impl<'a> Batch<'a> {
     /// Parse, Describe of the statement, Bind to the unnamed portal, Describe of that, Execute for all rows, Sync, with a Parse
     /// of the unnamed statement or none; or just Parse, Describe, Flush.
-    fn read(batch: &'a [u8]) -> Option<Self> {
+    pub(super) fn read(batch: &'a [u8]) -> Option<Self> {
         let mut frames = frames(batch).map(|(header, frame)| (header.tag, frame.get(HEADER..)));
         let mut next = || frames.next().and_then(|(tag, body)| Some((tag, body?)));
         let mut message = next()?;
