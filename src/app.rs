@@ -21,11 +21,13 @@ use crate::client::live::{Live, Running, Standing};
 use crate::client::shared::{Counters, Order, Seats, Shared};
 pub use crate::client::shared::{Manner, NotReloaded, Reloaded};
 use crate::client::verifiers::VerifierError;
-use crate::client::{Entrance, Peers, Replications, RunTokens, StatementRegistry, Verifiers};
+use crate::client::{
+    Entrance, Habits, Peers, Replications, RunTokens, StatementRegistry, Verifiers,
+};
 use crate::coalesce::Flights;
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
-use crate::http::{self, HttpState, Readiness};
+use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::park::Park;
@@ -61,6 +63,8 @@ pub enum AppError {
         address: SocketAddr,
         source: io::Error,
     },
+    #[error("http.jwks: {0}")]
+    Jwks(#[from] JwksError),
     #[error("listen.tls: {0}")]
     Tls(#[source] io::Error),
     #[error("{0}")]
@@ -180,6 +184,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         park: Arc::new(Park::new(config.poll.probe, &registry)),
         started: Instant::now(),
         asks_for_draws: false.into(),
+        habits: Habits::new(),
         counters: Counters::new(&registry),
     });
 
@@ -202,10 +207,11 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             let socket = accept::bind(address, config.listen.reuse_port).map_err(failed)?;
             let listener = TcpListener::from_std(socket).map_err(failed)?;
             let bound = listener.local_addr().map_err(failed)?;
-            let state = HttpState {
-                registry: Arc::clone(&registry),
-                ready: readiness,
+            let place = Place {
+                postgres,
+                database: config.primary.database.clone(),
             };
+            let state = HttpState::new(&config, &hubs, &registry, readiness, place)?;
             let mut stop = standing.subscribe();
             let stopped = async move {
                 let told = stop.wait_for(|standing| standing.running > Running::Serving);
@@ -213,12 +219,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             };
             (
                 Some(bound),
-                Some(tokio::spawn(http::serve(
-                    listener,
-                    config.http.max_connections.get(),
-                    state,
-                    stopped,
-                ))),
+                Some(tokio::spawn(http::serve(listener, state, stopped))),
             )
         }
     };

@@ -3,9 +3,10 @@
 //! cancel can never hit the next client's query. Called by `client/startup.rs` (requests) and `client/session`.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use subtle::ConstantTimeEq;
@@ -55,8 +56,6 @@ struct Registered {
 pub(crate) struct CancelSlot {
     held: Mutex<Held>,
     landed: Notify,
-    /// A cancel has arrived while the client waits for a server; `Held::cancelled` says for which wait.
-    rung: Notify,
 }
 
 #[derive(Default)]
@@ -65,6 +64,8 @@ struct Held {
     waiting: bool,
     /// The wait under way has been cancelled.
     cancelled: bool,
+    /// Who waits.
+    waiter: Option<Waker>,
     in_flight: u32,
 }
 
@@ -164,7 +165,9 @@ impl CancelSlot {
             let mut held = lock(&self.held);
             if held.waiting {
                 held.cancelled = true;
-                self.rung.notify_waiters();
+                if let Some(waiter) = held.waiter.take() {
+                    waiter.wake();
+                }
                 return;
             }
             let Some(server) = held.server.clone() else {
@@ -199,21 +202,26 @@ impl Wait<'_> {
 
     /// Resolves when this wait is cancelled.
     pub(crate) async fn cancelled(&self) {
-        loop {
-            let mut rung = pin!(self.0.rung.notified());
-            // Enabled before looking, so that a cancel in between is not missed.
-            rung.as_mut().enable();
-            if lock(&self.0.held).cancelled {
-                return;
+        poll_fn(|cx| {
+            let mut held = lock(&self.0.held);
+            if held.cancelled {
+                return Poll::Ready(());
             }
-            rung.await;
-        }
+            match &mut held.waiter {
+                Some(waiter) => waiter.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+            Poll::Pending
+        })
+        .await;
     }
 }
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
-        lock(&self.0.held).waiting = false;
+        let mut held = lock(&self.0.held);
+        held.waiting = false;
+        held.waiter = None;
     }
 }
 
@@ -235,6 +243,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
 
     #[tokio::test]

@@ -7,6 +7,7 @@
 use std::fmt::Write;
 
 use crate::client::fuzz as session;
+use crate::http::fuzz as plane;
 use crate::wire::certificate;
 use crate::wire::error_response;
 use crate::wire::frame::{Follower, FrameError, HEADER, Header};
@@ -20,7 +21,7 @@ use crate::wire::startup::{self, Packet};
 /// A function of bytes, and its name: of its file in `tests/fuzz/targets`, and of its corpus.
 pub type FuzzTarget = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [FuzzTarget; 11] = [
+pub const TARGETS: [FuzzTarget; 12] = [
     ("frames", frames),
     ("bodies", bodies),
     ("startup", startup_packets),
@@ -32,6 +33,7 @@ pub const TARGETS: [FuzzTarget; 11] = [
     ("group", group),
     ("translate", translate),
     ("follow", follow),
+    ("http", http),
 ];
 
 /// Headers, and a stream of frames followed in parts.
@@ -204,6 +206,11 @@ pub fn translate(data: &[u8]) {
 
 pub fn follow(data: &[u8]) {
     session::follow(data);
+}
+
+/// Messages of sockets, tokens, cursors, filters.
+pub fn http(data: &[u8]) {
+    plane::http(data);
 }
 
 /// Bytes changed a little, in ways that formats with lengths and texts break by. The same seed, the same changes.

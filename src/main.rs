@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use flowgate::app::SetLog;
 #[cfg(feature = "demo")]
 use flowgate::commands::demo;
-use flowgate::commands::{check_config, install, serve};
+use flowgate::commands::{check_config, follow, install, serve};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload;
@@ -31,8 +31,11 @@ enum Command {
     Demo(demo::Args),
     /// Install or upgrade pgmq, pgflow's core and flowgate's outbox in a database
     Install(install::Args),
+    Follow(follow::Args),
     /// Check a configuration file: every problem at once, with its key path
-    CheckConfig { file: PathBuf },
+    CheckConfig {
+        file: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,10 @@ fn main() -> ExitCode {
         },
         Command::Install(args) => match control_runtime() {
             Ok(runtime) => runtime.block_on(install::run(args)),
+            Err(error) => report(Err(error)),
+        },
+        Command::Follow(args) => match control_runtime() {
+            Ok(runtime) => runtime.block_on(follow::run(args)),
             Err(error) => report(Err(error)),
         },
         Command::CheckConfig { file } => check_config::run(&file),

@@ -1,4 +1,5 @@
-//! Frames pass as bytes: once warm, a request costs no allocation, neither here nor anywhere in the process.
+//! Frames pass as bytes: once warm, a request costs no allocation, neither here nor anywhere in the process. And what an idle
+//! client holds.
 //!
 //! A binary of its own, for the counting allocator and because whatever runs beside would be counted too.
 
@@ -17,10 +18,11 @@ use std::net::TcpStream;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 use support::pg::fresh_database;
-use support::proxy::Proxy;
+use support::proxy::{PATIENCE, Proxy};
 use support::raw::{
     PROTOCOL_3_0, bind_text, describe_portal, execute, extended, parse, query, startup, sync,
 };
+use support::wait::wait_until;
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
@@ -29,6 +31,12 @@ const REQUESTS: usize = 1_000;
 /// Chores of the control plane between the first and the last of them (a sweep a second, the clock). One allocation a request
 /// would be a thousand.
 const CHORES_MAX: usize = 100;
+const IDLE: usize = 300;
+/// Of the heap, in a debug build, whose futures are larger; and the process has chores meanwhile. What it comes to in a
+/// release build, and with what the allocator adds, is in docs/benchmarks.md.
+const IDLE_BYTES_MAX: usize = 4_400;
+/// What is counted is the process's: one after the other.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A client that allocates nothing: the blocking socket, one buffer on the stack.
 struct Quiet(TcpStream);
@@ -80,6 +88,7 @@ fn allocations(mut request: impl FnMut()) -> usize {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_warm_proxy_allocates_nothing_per_request() {
+    let _turn = TURN.lock().await;
     let db = fresh_database().await;
     let proxy = Proxy::with_pool(&db, 1).await;
     let (port, database) = (proxy.port, db.name.clone());
@@ -136,5 +145,56 @@ async fn a_warm_proxy_allocates_nothing_per_request() {
             "{name}: {alone} alone, {in_turn} in turn, in {REQUESTS} requests"
         );
     }
+    proxy.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_idle_client_holds_little_and_leaves_nothing() {
+    let _turn = TURN.lock().await;
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 2).await;
+    let (port, database) = (proxy.port, db.name.clone());
+    let log_in = move || {
+        let mut client = Quiet::login(port, &database);
+        client.ask(&query("select 1"));
+        client
+    };
+    // Tables reach their size, and what the first clients of all need is there.
+    let first = log_in.clone();
+    let warm: Vec<_> = tokio::task::spawn_blocking(move || (0..IDLE).map(|_| first()).collect())
+        .await
+        .unwrap();
+    let proxy_clients = "flowgate_clients";
+    wait_until("all are in", PATIENCE, async || {
+        proxy.metric(proxy_clients) == IDLE as u64
+    })
+    .await;
+    drop(warm);
+    wait_until("all have left", PATIENCE, async || {
+        proxy.metric(proxy_clients) == 0
+    })
+    .await;
+    let region = Region::new(ALLOCATOR);
+    let held = || {
+        let change = region.change();
+        change
+            .bytes_allocated
+            .saturating_sub(change.bytes_deallocated)
+            / IDLE
+    };
+    let clients: Vec<_> =
+        tokio::task::spawn_blocking(move || (0..IDLE).map(|_| log_in()).collect())
+            .await
+            .unwrap();
+    let settled = async || proxy.metric(proxy_clients) == IDLE as u64;
+    wait_until("all are in again", PATIENCE, settled).await;
+    let idle = held();
+    println!("an idle client holds {idle} bytes");
+    assert!(idle <= IDLE_BYTES_MAX, "{idle} bytes an idle client");
+    drop(clients);
+    wait_until("those who left hold nothing", PATIENCE, async || {
+        held() < 64
+    })
+    .await;
     proxy.shut_down().await;
 }

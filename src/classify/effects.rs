@@ -1,9 +1,12 @@
 //! What a statement does to the session that sends it: settings, subscriptions, prepared statements, and what only its
-//! own server connection can hold. Goes by leading keywords and by calls of a few functions; what a function's body
-//! does is out of sight. Sees one statement's tokens, keeps nothing. Called by `classify/mod.rs`.
+//! own server connection can hold. Goes by leading keywords and by calls of a few functions; what a body does that is not
+//! in the text is out of sight, and it says so (`Opaque`). Sees one statement's tokens, keeps nothing. Called by
+//! `classify/mod.rs`.
 
-use super::Effect;
-use super::lexer::{Kind, Lexer, Token};
+use memchr::memchr_iter;
+
+use super::lexer::{Kind, Lexer, Token, is_ident_part};
+use super::{Effect, catalog};
 
 /// Effects of one statement, appended in the order in which they stand.
 pub(super) fn effects(text: &[u8], tokens: &[Token], out: &mut Vec<Effect>) {
@@ -14,6 +17,120 @@ pub(super) fn effects(text: &[u8], tokens: &[Token], out: &mut Vec<Effect>) {
             out.push(effect);
         }
     }
+    let unknown = if s.any(0, &["do", "execute"]) {
+        Some(number_of(s, 0..tokens.len()))
+    } else if s.any(0, DEFINITION) {
+        None
+    } else {
+        let called = (0..tokens.len()).filter(|&at| calls_unknown(s, at));
+        called
+            .map(|at| number_of(s, at.saturating_sub(2)..at + 1))
+            .reduce(together)
+    };
+    if let Some(number) = unknown.filter(|_| !out.contains(&Effect::Unfollowed)) {
+        out.push(Effect::Opaque(number));
+    }
+}
+
+/// Of some tokens. (FNV-1a)
+fn number_of(s: Words<'_>, at: std::ops::Range<usize>) -> u32 {
+    let tokens = s.tokens.get(at).unwrap_or_default();
+    let bytes = tokens.iter().flat_map(|token| token.bytes(s.text));
+    bytes.fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+/// The number of what ran one after the other; the same again is no news.
+pub(crate) fn together(first: u32, then: u32) -> u32 {
+    if first == then {
+        first
+    } else {
+        first.rotate_left(5) ^ then
+    }
+}
+
+/// First words of statements that name things, and call none of them. (A CREATE TABLE AS may; it is not looked at.)
+pub(super) const DEFINITION: &[&str] = &[
+    "create", "alter", "drop", "comment", "grant", "revoke", "truncate", "vacuum", "analyze",
+    "reindex", "cluster", "refresh", "lock", "security", "import", "reassign",
+];
+/// Schemas whose functions do nothing to a session that is not told elsewhere.
+const OWN_SCHEMAS: &[&str] = &[
+    "pg_catalog",
+    "pgflow",
+    "pgmq",
+    "flowgate",
+    "realtime",
+    "information_schema",
+];
+/// After these a name before `(` is one of a table or an alias, and the parentheses hold columns.
+const BEFORE_COLUMNS: &[&str] = &["into", "as", "with", "recursive", "table", "prepare"];
+
+/// Is the token at `at` the name of a function that is called, and not a known one?
+fn calls_unknown(s: Words<'_>, at: usize) -> bool {
+    let token = s.tokens[at];
+    if !s.punct(at + 1, b'(') || !matches!(token.kind, Kind::Word | Kind::Quoted | Kind::Exotic) {
+        return false;
+    }
+    let qualified = at >= 2 && s.punct(at - 1, b'.');
+    let known = if qualified {
+        OWN_SCHEMAS
+            .iter()
+            .any(|schema| s.tokens[at - 2].names(s.text, schema))
+    } else {
+        s.name(at)
+            .is_some_and(|name| catalog::is_known(name.as_bytes()))
+    };
+    let head = if qualified { at - 2 } else { at };
+    !known && (head == 0 || !s.punct(head - 1, b')') && !s.any(head - 1, BEFORE_COLUMNS))
+}
+
+/// The same at first sight: whether a text may hold such a call. Literals and comments count too.
+pub(super) fn may_call(text: &[u8]) -> bool {
+    memchr_iter(b'(', text).any(|open| {
+        let before = text[..open].trim_ascii_end();
+        let (before, name, quoted) = split_name(before);
+        if name.is_empty() {
+            return quoted;
+        }
+        let lower = |word: &[u8]| word.to_ascii_lowercase();
+        let (before, known) = match before.split_last() {
+            Some((b'.', before)) => {
+                let (before, schema, _) = split_name(before);
+                let own = OWN_SCHEMAS
+                    .iter()
+                    .any(|own| schema.eq_ignore_ascii_case(own.as_bytes()));
+                (before, own)
+            }
+            _ => (before, catalog::is_known(&lower(name))),
+        };
+        let before = before.trim_ascii_end();
+        let (_, word, _) = split_name(before);
+        let columns = BEFORE_COLUMNS
+            .iter()
+            .any(|columns| word.eq_ignore_ascii_case(columns.as_bytes()));
+        !known && !columns && before.last() != Some(&b')')
+    })
+}
+
+/// The name at the end of `text`, what stands before it, and whether it is quoted.
+fn split_name(text: &[u8]) -> (&[u8], &[u8], bool) {
+    if let Some(inner) = text.strip_suffix(b"\"") {
+        let start = memchr::memrchr(b'"', inner).unwrap_or(0);
+        return (
+            &text[..start],
+            inner.get(start + 1..).unwrap_or_default(),
+            true,
+        );
+    }
+    let length = text
+        .iter()
+        .rev()
+        .take_while(|&&byte| is_ident_part(byte))
+        .count();
+    let (before, name) = text.split_at(text.len() - length);
+    (before, name, false)
 }
 
 #[derive(Clone, Copy)]

@@ -9,6 +9,7 @@
 //! Postgres itself judges the rest. An effect counts only if the statement succeeds, in its transaction.
 
 mod calls;
+mod catalog;
 mod effects;
 mod lexer;
 mod memo;
@@ -25,6 +26,8 @@ use memchr::memchr;
 use memo::Memo;
 use std::sync::Arc;
 use uuid::Uuid;
+
+pub(crate) use self::effects::together;
 
 /// What a text is. One text may hold several statements (simple protocol).
 #[derive(Clone, Debug, PartialEq)]
@@ -66,6 +69,17 @@ impl Analysis {
         Arc::new(Self {
             class: StatementClass::Other,
             effects: Vec::new(),
+            statements: 1,
+            flow: Arg::Absent,
+            feeds: Feeds::Nothing,
+        })
+    }
+
+    /// A call of a function of which only the server knows which it is.
+    pub(crate) fn opaque() -> Arc<Self> {
+        Arc::new(Self {
+            class: StatementClass::Other,
+            effects: vec![Effect::Opaque(0)],
             statements: 1,
             flow: Arg::Absent,
             feeds: Feeds::Nothing,
@@ -219,6 +233,9 @@ pub(crate) enum Effect {
     /// Does something to the session that can't be followed (a name in another encoding, a DO block that sets):
     /// only this very server connection has that state now.
     Unfollowed,
+    /// Runs code that is not in its text: a DO block, a procedure, a function that is not known. What that does to the session
+    /// only the server can tell. Equal code has equal numbers.
+    Opaque(u32),
 }
 
 /// Texts longer than this are cut into statements, but are no reads and no calls.
@@ -320,10 +337,13 @@ impl Classifier {
             First::Query if self.reads == Reads::All => Sight::Candidate,
             First::Transaction if self.words.is_match(text) => Sight::Candidate,
             First::Transaction => Sight::Transaction,
-            First::Copy if self.words.is_match(text) => Sight::Candidate,
+            First::Copy if self.words.is_match(text) || effects::may_call(text) => Sight::Candidate,
             First::Copy => Sight::Copy,
-            First::Query | First::Other if self.words.is_match(text) => Sight::Candidate,
-            First::Query | First::Other => Sight::Plain,
+            First::Query | First::Other | First::Definition if self.words.is_match(text) => {
+                Sight::Candidate
+            }
+            First::Query | First::Other if effects::may_call(text) => Sight::Candidate,
+            First::Query | First::Other | First::Definition => Sight::Plain,
         }
     }
 }
@@ -343,6 +363,8 @@ enum First {
     Query,
     Transaction,
     Copy,
+    /// Names things, whatever their bodies call.
+    Definition,
     Other,
 }
 
@@ -361,6 +383,8 @@ impl First {
             Self::Transaction
         } else if is(&["copy"]) {
             Self::Copy
+        } else if is(effects::DEFINITION) {
+            Self::Definition
         } else if is(&[
             "set",
             "reset",
@@ -401,10 +425,24 @@ fn analyse(text: &[u8], reads: Reads) -> Analysis {
         _ => (StatementClass::Other, Arg::Absent),
     };
     // A read that also did something to its session would have to do it on the primary.
-    let class = if matches!(class, StatementClass::Read(_)) && !found.is_empty() {
-        StatementClass::Other
-    } else {
-        class
+    let class = match class {
+        StatementClass::Read(_)
+            if found
+                .iter()
+                .any(|effect| !matches!(effect, Effect::Opaque(_))) =>
+        {
+            StatementClass::Other
+        }
+        StatementClass::Read(_) => {
+            // All that it calls is known.
+            found.clear();
+            class
+        }
+        StatementClass::Poll(_)
+        | StatementClass::Progress(_)
+        | StatementClass::Start(_)
+        | StatementClass::Define
+        | StatementClass::Other => class,
     };
     let feeds = calls::feeds(text, &split.statements, &class);
     Analysis {

@@ -479,6 +479,7 @@ fn effects(text: &str, expected: &str) {
         .iter()
         .map(|effect| match effect {
             Effect::Set { name, sql } => format!("{name} by {sql}"),
+            Effect::Opaque(_) => "Opaque".to_owned(),
             effect => format!("{effect:?}").replace('"', ""),
         })
         .collect();
@@ -594,7 +595,7 @@ fn what_ties_a_session_to_its_server_is_seen() {
     effects("discard temp", "1 DiscardOther");
     effects("prepare Q (int) as select $1", "1 Prepare(q)");
     effects("prepare transaction 'x'", "1 Transaction");
-    effects("execute \"Q\"(1)", "1 Execute(Q)");
+    effects("execute \"Q\"(1)", "1 Execute(Q) | Opaque");
     effects("deallocate q", "1 Deallocate(q)");
     effects("deallocate prepare q", "1 Deallocate(q)");
     effects("deallocate prepare all", "1 DeallocateAll");
@@ -655,8 +656,47 @@ fn what_ties_a_session_to_its_server_is_seen() {
     effects("do 'begin create temp table t(); end'", "1 Unfollowed");
     effects(
         "do $$ begin update t set x = 1; set local y = 2; end $$",
-        "1",
+        "1 Opaque",
     );
+}
+
+#[test]
+fn code_that_is_not_in_the_text_is_noticed() {
+    for text in [
+        "select mine()",
+        "select mine (1)",
+        "select a.b (1)",
+        "select \"mine\"(), \"a b\" (2)",
+        "select * from t join lateral a.b(t.x) on true",
+        "insert into t (a, b) values (mine(1), 2)",
+        "update t set a = mine(a) where b in (1)",
+        "call mine()",
+        "with x (a) as (select mine()) select a from x",
+        "explain analyze select mine()",
+        "copy (select mine()) to stdout",
+        "select pg_catalog.lower(mine(x)) from t",
+    ] {
+        let expected = if text.starts_with("copy") {
+            "1 Copy | Opaque"
+        } else {
+            "1 Opaque"
+        };
+        effects(text, expected);
+    }
+    for text in [
+        "select lower(a), count(*), now() from t where a in (1) and exists (select 1)",
+        "select pg_catalog.query_to_xml('x', true, true, '')",
+        "insert into t (a, b) values (1, coalesce(2, 3)) on conflict (a) do update set b = 1",
+        "insert into s.t (a) values (1)",
+        "insert into \"s\".\"t\" (\"a\") values (1)",
+        "insert into \"t\" (\"a\") values ($1) returning \"a\"",
+        "with x (a) as (select 1) select a::varchar(10) from x as y (b)",
+        "select * from generate_series(1, 2) g (n)",
+        "select pgflow.start_flow('x', '{}'), pgmq.send('q', '{}')",
+        "create table mine (a int check (mine(a)))",
+    ] {
+        effects(text, "1");
+    }
 }
 
 #[test]

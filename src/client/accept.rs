@@ -130,7 +130,7 @@ async fn welcome(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
         debug!(%peer, %error, "client left before it was heard");
         return;
     }
-    Box::pin(startup::run(tcp, peer, shared)).await;
+    startup::run(tcp, peer, shared).await;
 }
 
 fn prepare(tcp: &TcpStream) -> io::Result<()> {

@@ -208,6 +208,8 @@ fn closed_server() -> ServerConn {
         unnamed: None,
         last_client: 0,
         mixed_draws: false,
+        probes: false,
+        hidden: false,
         unfit: false,
         opened_at: now,
         idle_since: now,
@@ -245,7 +247,7 @@ const STATEMENTS: [&str; 24] = [
 /// Whatever statements do and however they end: a failure outside a transaction changes no setting, DISCARD ALL leaves nothing,
 /// session mode stays.
 pub(crate) fn follow(data: &[u8]) {
-    let mut state = State::new("app", true);
+    let mut state = State::new(Arc::new(Settings::named("app")), true);
     let start = Arc::clone(&state.settings);
     let mut before = TxStatus::Idle;
     for &[statement, how] in data.as_chunks::<2>().0 {

@@ -8,6 +8,7 @@ mod entrance;
 mod error;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
+mod habits;
 pub(crate) mod live;
 mod peers;
 mod prepared;
@@ -26,6 +27,7 @@ mod tls;
 pub mod verifiers;
 
 pub(crate) use entrance::Entrance;
+pub(crate) use habits::Habits;
 pub(crate) use peers::Peers;
 pub(crate) use prepared::StatementRegistry;
 pub(crate) use replication::Replications;

@@ -214,9 +214,13 @@ impl Entry {
         self.kill.notify_one();
     }
 
+    pub(crate) fn is_killed(&self) -> bool {
+        self.killed.load(Relaxed)
+    }
+
     /// Resolves when an admin ends this client.
     pub(crate) async fn killed(&self) {
-        while !self.killed.load(Relaxed) {
+        while !self.is_killed() {
             self.kill.notified().await;
         }
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::habits::Habits;
 use super::live::{Live, Standing};
 use super::peers::Peers;
 use super::prepared::StatementRegistry;
@@ -73,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) started: tokio::time::Instant,
     /// Some client has asked for the value it drew from a sequence.
     pub(crate) asks_for_draws: AtomicBool,
+    /// What code out of sight is known to leave.
+    pub(crate) habits: Habits,
     pub(crate) counters: Counters,
 }
 
@@ -136,6 +139,8 @@ pub(crate) struct Counters {
     pub(crate) to_primary: Arc<Counter>,
     pub(crate) to_replica: Arc<Counter>,
     pub(crate) answered_here: Arc<Counter>,
+    /// Servers asked what a body left on them.
+    pub(crate) probes: Arc<Counter>,
     /// Reads that might have gone to a replica, and why they did not.
     pub(crate) replica_not_fresh: Arc<Counter>,
     pub(crate) replica_refused: Arc<Counter>,
@@ -190,6 +195,10 @@ impl Counters {
             to_primary: requests("primary"),
             to_replica: requests("replica"),
             answered_here: requests("flowgate"),
+            probes: counter(
+                "flowgate_probes_total",
+                "servers asked what code that is not in a statement's text left on them",
+            ),
             replica_not_fresh: kept("not_fresh"),
             replica_refused: kept("refused"),
             cancels: counter("flowgate_cancels_total", "cancel requests received"),

@@ -2,8 +2,10 @@
 //! rules → authentication → the first ReadyForQuery. Each step happens once and hands over to the next; errors are told to the client here.
 //! (protocol-flow.html#PROTOCOL-FLOW-START-UP)
 
+use std::future::ready;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
@@ -24,7 +26,7 @@ use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
 use crate::config::{ClientTls, PoolMode};
-use crate::pool::checkout::Wish;
+use crate::pool::checkout::{Welcome, Wish};
 use crate::server::auth::Credentials;
 use crate::server::conn::ServerConn;
 use crate::server::parameters::{Opening, Reported};
@@ -50,9 +52,23 @@ const SECRET_LEN: usize = 4;
 /// From protocol 3.2 on cancel keys may be longer. (protocol-message-formats.html, BackendKeyData)
 const SECRET_LEN_3_2: usize = 32;
 
-/// A client's whole life.
+/// A client's whole life. Each part of it is a future in a box of its own, so that a client between requests holds nothing of
+/// what its login needed, nor of what others come for.
 pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
     let seat = Seats::take(&shared);
+    let Some((peer, arrival)) = Box::pin(come_in(tcp, peer, &shared, seat.is_some())).await else {
+        return;
+    };
+    stay(arrival, peer, &shared).await;
+}
+
+/// To the end of the login. `None`: nobody is there any more.
+async fn come_in(
+    tcp: TcpStream,
+    peer: SocketAddr,
+    shared: &Arc<Shared>,
+    seated: bool,
+) -> Option<(SocketAddr, Result<Arrival, Refusal>)> {
     let live = shared.live();
     let within = live.config.listen.login_timeout;
     let mut caller = Caller {
@@ -61,72 +77,86 @@ pub(super) async fn run(tcp: TcpStream, peer: SocketAddr, shared: Arc<Shared>) {
         end_point: None,
     };
     drop(live);
-    let arrive = Box::pin(arrive(tcp, &mut caller, &shared, seat.is_some()));
+    let arrive = Box::pin(arrive(tcp, &mut caller, shared, seated));
     let arrival = tokio::select! {
         biased;
         arrival = timeout(within, arrive) => arrival,
         // Nobody who is still on the doorstep is worth waiting for.
-        () = turned_away(&shared) => return,
+        () = turned_away(shared) => return None,
     };
     // Whom the balancer before us has named, if there is one.
     let peer = caller.address;
+    let Ok(arrival) = arrival else {
+        shared.counters.logins_failed.inc();
+        debug!(%peer, "client did not log in in time");
+        return None;
+    };
+    Some((peer, arrival))
+}
+
+type Stay<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+fn stay(arrival: Result<Arrival, Refusal>, peer: SocketAddr, shared: &Shared) -> Stay<'_> {
     match arrival {
-        Ok(Ok(Arrival::Session(mut session))) => {
-            let entry = Arc::clone(session.entry());
-            let ended = tokio::select! {
-                biased;
-                ended = session.run() => ended,
-                () = until(&shared, Running::Stopping) => Err(SessionError::Shutdown),
-                () = entry.killed() => Err(SessionError::Killed),
-            };
-            if let Err(error) = &ended {
-                note(peer, error, &shared);
-                if !session.is_mid_message() {
-                    farewell(&mut session.client, error).await;
-                }
-            }
-            drop(entry);
-            session.part().await;
-        }
-        Ok(Ok(Arrival::Replication(mut session, listed))) => {
-            let ended = tokio::select! {
-                biased;
-                ended = Box::pin(session.run(shared.standing.clone())) => ended,
-                () = listed.entry().killed() => Err(SessionError::Killed),
-            };
-            if let Err(error) = ended {
-                note(peer, &error, &shared);
+        // Most of what there is of an idle client: a block, since a function would keep its arguments twice.
+        Ok(Arrival::Session(mut session)) => Box::pin(async move {
+            if let Err(error) = session.run().await {
+                note(peer, &error, shared);
                 if !session.is_mid_message() {
                     farewell(&mut session.client, &error).await;
                 }
             }
-            if timeout(FAREWELL_MAX, session.part()).await.is_err() {
-                debug!(%peer, "client of a replication connection did not take all there was");
-            }
+            session.part().await;
+        }),
+        Ok(Arrival::Replication(session, listed)) => {
+            Box::pin(replicate(session, listed, peer, shared))
         }
-        Ok(Ok(Arrival::Console(mut client, admitted))) => {
-            let ended = tokio::select! {
-                biased;
-                ended = console::serve(&mut client, &shared, &admitted) => ended,
-                () = alone(&shared) => Err(SessionError::Shutdown),
-            };
-            if let Err(error) = ended {
-                debug!(%peer, %error, "console client left");
-                farewell(&mut client, &error).await;
-            }
+        Ok(Arrival::Console(client, admitted)) => Box::pin(console(client, admitted, peer, shared)),
+        Ok(Arrival::Nothing) => Box::pin(ready(())),
+        Err(refusal) => Box::pin(refuse(refusal, peer, shared)),
+    }
+}
+
+async fn replicate(
+    mut session: Box<ReplicationSession>,
+    listed: Listed,
+    peer: SocketAddr,
+    shared: &Shared,
+) {
+    let ended = tokio::select! {
+        biased;
+        ended = Box::pin(session.run(shared.standing.clone())) => ended,
+        () = listed.entry().killed() => Err(SessionError::Killed),
+    };
+    if let Err(error) = ended {
+        note(peer, &error, shared);
+        if !session.is_mid_message() {
+            farewell(&mut session.client, &error).await;
         }
-        Ok(Ok(Arrival::Nothing)) => {}
-        Ok(Err(Refusal { client, error })) => {
-            shared.counters.logins_failed.inc();
-            note(peer, &error, &shared);
-            if let Some(mut client) = client {
-                farewell(&mut client, &error).await;
-            }
-        }
-        Err(_late) => {
-            shared.counters.logins_failed.inc();
-            debug!(%peer, "client did not log in in time");
-        }
+    }
+    if timeout(FAREWELL_MAX, session.part()).await.is_err() {
+        debug!(%peer, "client of a replication connection did not take all there was");
+    }
+}
+
+async fn console(mut client: Stream, admitted: Box<Admitted>, peer: SocketAddr, shared: &Shared) {
+    let ended = tokio::select! {
+        biased;
+        ended = Box::pin(console::serve(&mut client, shared, &admitted)) => ended,
+        () = alone(shared) => Err(SessionError::Shutdown),
+    };
+    if let Err(error) = ended {
+        debug!(%peer, %error, "console client left");
+        farewell(&mut client, &error).await;
+    }
+}
+
+async fn refuse(refusal: Refusal, peer: SocketAddr, shared: &Shared) {
+    let Refusal { client, error } = refusal;
+    shared.counters.logins_failed.inc();
+    note(peer, &error, shared);
+    if let Some(mut client) = client {
+        farewell(&mut client, &error).await;
     }
 }
 
@@ -221,10 +251,11 @@ async fn arrive(
                 id: login.id,
                 peer: caller.address,
                 client,
-                opening: login.opening,
+                opening: login.welcome.opening,
                 application_name: login.application_name,
                 key: login.key,
-                reported: login.reported,
+                reported: login.welcome.reported,
+                settings: login.welcome.settings,
                 session_mode: shared.live().config.pool.mode == PoolMode::Session,
             };
             Ok(Arrival::Session(Box::new(Session::new(
@@ -288,10 +319,9 @@ struct Replicating {
 
 struct User {
     id: u64,
-    opening: Arc<Opening>,
+    welcome: Welcome,
     application_name: String,
     key: CancelKey,
-    reported: Reported,
 }
 
 async fn introduce(
@@ -386,30 +416,24 @@ async fn introduce(
         opening: &login.opening,
         application_name: &login.application_name,
     };
-    let seen = pool.log_in(wish).await;
+    let welcome = pool.log_in(wish).await;
     drop(pool);
-    let mut seen = match seen {
-        Ok(seen) => seen,
+    let welcome = match welcome {
+        Ok(welcome) => welcome,
         Err(error) => {
             shared.pools.forget_unused(&login.opening);
             return Err(login_refused(error));
         }
     };
-    if seen.reported.find("application_name").is_some() {
-        seen.reported
-            .set("application_name", &login.application_name);
-    }
-    let key = shared.cancels.issue(seen.pid, secret_len)?;
-    put_welcome(client, &seen.reported, &key);
+    let key = shared.cancels.issue(welcome.pid, secret_len)?;
+    put_welcome(client, &welcome.reported, &key);
     client.flush().await?;
     shared.counters.logins.inc();
-    let (opening, application_name) = (login.opening, login.application_name);
     Ok(Introduced::User(Box::new(User {
         id,
-        opening,
-        application_name,
+        welcome,
+        application_name: login.application_name,
         key,
-        reported: seen.reported,
     })))
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::classify::Effect;
+use crate::classify::{Effect, together};
 use crate::server::parameters::Reported;
 use crate::server::settings::Settings;
 use crate::wire::messages::TxStatus;
@@ -22,9 +22,10 @@ pub(crate) enum PinReason {
     SetConfig,
     Sequence,
     Unfollowed,
+    FunctionBody,
 }
 
-pub(crate) const PIN_REASONS: [(PinReason, &str); 9] = [
+pub(crate) const PIN_REASONS: [(PinReason, &str); 10] = [
     (PinReason::SessionMode, "session_mode"),
     (PinReason::TempObject, "temp_object"),
     (PinReason::AdvisoryLock, "advisory_lock"),
@@ -34,6 +35,7 @@ pub(crate) const PIN_REASONS: [(PinReason, &str); 9] = [
     (PinReason::SetConfig, "set_config"),
     (PinReason::Sequence, "sequence"),
     (PinReason::Unfollowed, "unfollowed"),
+    (PinReason::FunctionBody, "function_body"),
 ];
 
 /// A set of reasons.
@@ -58,7 +60,7 @@ impl Pins {
         self.0 & Self::bit(reason) != 0
     }
 
-    fn insert(&mut self, reason: PinReason) {
+    pub(crate) fn insert(&mut self, reason: PinReason) {
         self.0 |= Self::bit(reason);
     }
 
@@ -114,11 +116,12 @@ pub(crate) struct State {
     uncommitted: Vec<Effect>,
     /// A transaction that was committed AND CHAIN notified somebody, who hears of it when the chain ends.
     notified: bool,
+    /// The transaction under way has run code that is not in its text.
+    opaque: Option<u32>,
 }
 
 impl State {
-    pub(crate) fn new(application_name: &str, session_mode: bool) -> Self {
-        let start = Arc::new(Settings::named(application_name));
+    pub(crate) fn new(start: Arc<Settings>, session_mode: bool) -> Self {
         let mut pins = Pins::default();
         if session_mode {
             pins.insert(PinReason::SessionMode);
@@ -129,7 +132,14 @@ impl State {
             pins,
             uncommitted: Vec::new(),
             notified: false,
+            opaque: None,
         }
+    }
+
+    /// Whether the transaction that has just ended may have left something on the server that its text does not tell; of one
+    /// that is tied to its server nobody need know.
+    pub(crate) fn take_opaque(&mut self) -> Option<u32> {
+        self.opaque.take().filter(|_| self.pins.is_empty())
     }
 
     /// Whether the transaction under way ran LISTEN or UNLISTEN.
@@ -179,6 +189,10 @@ impl State {
                 Effect::Load => self.pins.insert(PinReason::Load),
                 Effect::SequenceValue => self.pins.insert(PinReason::Sequence),
                 Effect::Unfollowed => self.pins.insert(PinReason::Unfollowed),
+                Effect::Opaque(code) => {
+                    let before = self.opaque.unwrap_or(*code);
+                    self.opaque = Some(together(before, *code));
+                }
                 _ if ending.failed => {}
                 Effect::AdvisoryUnlockAll => self.pins.remove(PinReason::AdvisoryLock),
                 Effect::TempObject => self.pins.insert(PinReason::TempObject),
@@ -335,7 +349,7 @@ mod tests {
     #[test]
     fn a_set_counts_at_once_outside_a_transaction_and_at_commit_inside() {
         use TxStatus::{Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         let consequences =
             state.request_ended(&[set("a", "1")], 1, ending(false, false, Idle, Idle));
         assert!(consequences.settings_changed);
@@ -358,7 +372,7 @@ mod tests {
     #[test]
     fn a_rolled_back_set_never_was() {
         use TxStatus::{Failed, Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "2")],
             1,
@@ -376,14 +390,14 @@ mod tests {
     #[test]
     fn what_cannot_be_followed_pins() {
         use TxStatus::{Idle, InTransaction};
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "1"), set("b", "1")],
             3,
             ending(true, false, Idle, Idle),
         );
         assert!(state.pins.contains(PinReason::Unfollowed));
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[set("a", "1")],
             1,
@@ -400,7 +414,7 @@ mod tests {
     #[test]
     fn discard_all_releases_and_session_mode_does_not_end() {
         use TxStatus::Idle;
-        let mut state = State::new("app", true);
+        let mut state = State::new(Arc::new(Settings::named("app")), true);
         state.request_ended(
             &[Effect::AdvisorySession, set("a", "1")],
             1,
@@ -419,7 +433,7 @@ mod tests {
 
     #[test]
     fn an_advisory_lock_outlives_the_error_that_followed_it() {
-        let mut state = State::new("app", false);
+        let mut state = State::new(Arc::new(Settings::named("app")), false);
         state.request_ended(
             &[Effect::AdvisorySession],
             1,

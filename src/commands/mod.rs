@@ -3,5 +3,8 @@
 pub mod check_config;
 #[cfg(feature = "demo")]
 pub mod demo;
+pub mod follow;
 pub mod install;
+mod picture;
+mod screen;
 pub mod serve;

@@ -676,6 +676,20 @@ impl Check {
                 1_000,
                 1..=100_000,
             ),
+            pool_size: self.count("http.pool_size", raw.pool_size, 8, 1..=1_000),
+            header_timeout: self.span(
+                "http.header_timeout",
+                raw.header_timeout,
+                30 * SECOND,
+                10 * MS..=HOUR,
+            ),
+            write_timeout: self.span(
+                "http.write_timeout",
+                raw.write_timeout,
+                30 * SECOND,
+                10 * MS..=HOUR,
+            ),
+            recheck: self.span("http.recheck", raw.recheck, MINUTE, 10 * MS..=HOUR),
             jwt_secret: jwt_secret.map(Secret::new),
             jwks: self.file("http.jwks", raw.jwks),
             api_keys,
@@ -904,7 +918,7 @@ fn is_origin(text: &str) -> bool {
 }
 
 /// An integer and a unit, nothing between.
-fn parse_duration(text: &str) -> Option<Duration> {
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
     let millis: u64 = match unit {
         "ms" => 1,

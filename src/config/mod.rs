@@ -16,7 +16,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use self::check::{defaults, from_sources};
+pub use self::check::{defaults, from_sources, parse_duration};
 pub use self::cidr::Cidr;
 pub use self::keys::{Key, live_part, need_restart, shown};
 pub use self::layers::{ConfigError, Flags, Problem, Source, environment};
@@ -326,6 +326,14 @@ pub enum Wake {
 pub struct Http {
     /// Connections served at once; more are refused with 503.
     pub max_connections: NonZeroUsize,
+    /// Of the control role, for what is asked over HTTP.
+    pub pool_size: NonZeroUsize,
+    /// How long a request's head may take, and a connection may be idle.
+    pub header_timeout: Duration,
+    /// How long a client may read nothing of what waits for it.
+    pub write_timeout: Duration,
+    /// How often a stream asks again whether it is still allowed.
+    pub recheck: Duration,
     pub jwt_secret: Option<Secret>,
     /// A file with the keys that verify JWTs.
     pub jwks: Option<PathBuf>,

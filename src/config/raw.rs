@@ -164,6 +164,10 @@ pub(super) struct Events {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct Http {
     pub(super) max_connections: Option<i64>,
+    pub(super) pool_size: Option<i64>,
+    pub(super) header_timeout: Option<Span>,
+    pub(super) write_timeout: Option<Span>,
+    pub(super) recheck: Option<Span>,
     pub(super) jwt_secret: Option<String>,
     pub(super) jwks: Option<String>,
     pub(super) api_keys: Option<Vec<ApiKey>>,

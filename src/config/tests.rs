@@ -116,7 +116,7 @@ fn every_value_said_arrives() {
         poll = {{ park = false, probe_ms = 13 }}
         shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
         events = {{ wake = "notify", retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
-        http = {{ max_connections = 21, jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*", "http://localhost:3000"] }}
+        http = {{ max_connections = 21, pool_size = 22, header_timeout = "23s", write_timeout = "24s", recheck = "25s", jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*", "http://localhost:3000"] }}
         maintenance = {{ requeue = "off", prune_after = "20d" }}
         log = {{ filter = "warn,flowgate::pool=debug" }}
         "#
@@ -223,6 +223,10 @@ fn every_value_said_arrives() {
         },
         http: Http {
             max_connections: NonZeroUsize::new(21).unwrap(),
+            pool_size: NonZeroUsize::new(22).unwrap(),
+            header_timeout: Duration::from_secs(23),
+            write_timeout: Duration::from_secs(24),
+            recheck: Duration::from_secs(25),
             jwt_secret: Some(Secret::new("0123456789abcdef0123456789abcdef".into())),
             jwks: here,
             api_keys: vec![ApiKey {
@@ -836,7 +840,7 @@ fn what_a_reload_does_not_change_stays_as_it_was() {
             poll = {{ park = false, probe_ms = 13 }}
             shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
             events = {{ retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
-            http = {{ max_connections = 9, jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
+            http = {{ max_connections = 9, pool_size = 2, header_timeout = "3s", write_timeout = "4s", recheck = "5s", jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
             maintenance = {{ requeue = "off", prune_after = "20d" }}
             "#
         );

@@ -15,10 +15,11 @@ use tokio::task::JoinSet;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
-use crate::pgflow::events::{Channel, run_topic, truncate_identifier};
+use crate::pgflow::events::{Channel, run_of_topic, run_topic, truncate_identifier};
 
 use super::subscription::{
-    Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Target, notification,
+    Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Takes, Target,
+    notification,
 };
 use super::{EventMetrics, EventsError, upstream};
 
@@ -604,12 +605,21 @@ impl Hub {
     }
 
     pub(crate) fn subscriber(self: &Arc<Self>) -> Subscriber {
+        self.subscriber_that(Takes::Frames)
+    }
+
+    /// One that gets events rather than frames: for pgflow's channels and topics alone.
+    pub(crate) fn event_subscriber(self: &Arc<Self>) -> Subscriber {
+        self.subscriber_that(Takes::Events)
+    }
+
+    fn subscriber_that(self: &Arc<Self>, takes: Takes) -> Subscriber {
         let bounds = Bounds {
             frames: self.common.settings.queue.get(),
             bytes: QUEUE_BYTES,
         };
         let mailbox = Arc::new(Mailbox {
-            inbox: Mutex::new(Inbox::new(bounds)),
+            inbox: Mutex::new(Inbox::new(bounds, takes)),
         });
         Subscriber {
             hub: Arc::clone(self),
@@ -651,6 +661,16 @@ impl Hub {
             Channel::All => (Target::All, None),
             Channel::Ordinary(channel) => (Target::Ordinary(channel), None),
         };
+        self.enlist(mailbox, spelling, target, after)
+    }
+
+    fn enlist(
+        self: &Arc<Self>,
+        mailbox: &Arc<Mailbox>,
+        spelling: &str,
+        target: Target,
+        after: Option<i64>,
+    ) -> Result<Subscribed, EventsError> {
         let mut state = lock(&self.state);
         if state.stopping {
             return Err(EventsError::Stopping);
@@ -877,7 +897,7 @@ impl Hub {
         state.evict_all(&slow, CutReason::TooSlow);
     }
 
-    pub(super) fn dispatch_event(&self, event: &Event) {
+    pub(super) fn dispatch_event(&self, event: &Arc<Event>) {
         let state = lock(&self.state);
         let mut frames = Frames::new(event, state.pid);
         let run = state.runs.get(&event.topic).into_iter().flatten();
@@ -932,7 +952,23 @@ impl Subscriber {
     /// Resolves once the subscription is in force: whatever is committed from then on will be delivered, or its absence
     /// announced. An error, and dropping the future, leave things as they were.
     pub(crate) async fn listen(&self, channel: &str) -> Result<(), EventsError> {
-        match self.hub.subscribe(&self.mailbox, channel)? {
+        self.settle(self.hub.subscribe(&self.mailbox, channel)?)
+            .await
+    }
+
+    /// As `listen`, to a topic of the outbox by its own name, a run's or any other, from what follows `after` on. Again for one
+    /// that is followed already: then all that comes again.
+    pub(crate) async fn follow(&self, topic: &str, after: i64) -> Result<(), EventsError> {
+        let target = Target::Run {
+            topic: topic.to_owned(),
+            run_id: run_of_topic(topic).map_or_else(String::new, |run| run.to_string()),
+        };
+        let subscribed = self.hub.enlist(&self.mailbox, topic, target, Some(after))?;
+        self.settle(subscribed).await
+    }
+
+    async fn settle(&self, subscribed: Subscribed) -> Result<(), EventsError> {
+        match subscribed {
             Subscribed::InForce => Ok(()),
             Subscribed::Wait {
                 stream,
@@ -971,6 +1007,14 @@ impl Subscriber {
     /// Whether it listens to a channel of Postgres' own kind.
     pub(crate) fn hears_ordinary(&self) -> bool {
         self.mailbox.lock().hears_ordinary()
+    }
+
+    /// Ends what `follow` began.
+    pub(crate) fn unfollow(&self, topic: &str) {
+        let stream = self.mailbox.lock().find(topic);
+        if let Some(stream) = stream {
+            self.hub.unsubscribe(&self.mailbox, stream);
+        }
     }
 
     pub(crate) fn unlisten(&self, channel: &str) {

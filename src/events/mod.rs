@@ -9,14 +9,16 @@
 
 mod hub;
 mod rhythm;
+mod snapshot;
 mod subscription;
 mod upstream;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use hub::{Hubs, Subscriber};
-pub(crate) use subscription::Delivery;
+pub(crate) use hub::{Hub, Hubs, Subscriber};
+pub(crate) use snapshot::Snapshot;
+pub(crate) use subscription::{CutReason, Delivery, Event, Form};
 
 use crate::metrics::{Counter, Registry};
 

@@ -7,19 +7,23 @@
 //! back that was too slow, so what it missed waits in Postgres and not in our memory.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
 use bytes::{BufMut, Bytes, BytesMut};
+
+use super::snapshot::Snapshot;
 
 /// Rows of one replay page; the inbox may take fewer.
 pub(super) const PAGE_ROWS: usize = 256;
 
 /// What a subscriber gets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Delivery {
-    /// A whole NotificationResponse.
+    /// A whole NotificationResponse. Of those who take events, gap markers only.
     Frame(Bytes),
+    /// For those who take events.
+    Event(Arc<Event>),
     /// The last delivery. The session must end (57P01): it can no longer be told what it asked to hear.
     Cut(CutReason),
 }
@@ -36,29 +40,80 @@ pub(crate) enum CutReason {
 /// One LISTEN of one subscriber; never used twice.
 pub(super) type StreamId = u64;
 
+/// How an inbox wants what it is offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takes {
+    Frames,
+    Events,
+}
+
 /// An event of the outbox, its payload already as subscribers see it.
 #[derive(Debug)]
-pub(super) struct Event {
-    pub(super) id: i64,
-    pub(super) topic: String,
-    pub(super) seq: Option<i64>,
+pub(crate) struct Event {
+    pub(crate) id: i64,
+    pub(crate) topic: String,
+    pub(crate) seq: Option<i64>,
     pub(super) flow: Option<String>,
-    pub(super) payload: String,
+    pub(crate) payload: String,
+    /// As it was sent: `run:started`, `step:<slug>:completed`.
+    pub(crate) name: String,
+    pub(crate) message_id: String,
+    /// Not for everybody who knows the topic's name.
+    pub(crate) private: bool,
+    /// Of the transaction that sent it.
+    pub(crate) xid: u64,
+    /// `None`: it came again, from a replay.
+    pub(crate) reading: Option<Arc<Reading>>,
+    pub(super) encoded: [OnceLock<Bytes>; FORMS],
+}
+
+/// One look at the outbox: what had been seen before, and what by it.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    pub(crate) before: Snapshot,
+    pub(crate) now: Snapshot,
+}
+
+/// What an event is encoded as, once for all that want it so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    StreamOfRun,
+    StreamOfAll,
+    SocketV1,
+    SocketV2,
+}
+
+const FORMS: usize = 4;
+
+impl Event {
+    /// Its bytes in that form, made at the first call.
+    pub(crate) fn encoded(&self, form: Form, make: impl FnOnce(&Self) -> Bytes) -> Bytes {
+        self.encoded[form as usize]
+            .get_or_init(|| make(self))
+            .clone()
+    }
 }
 
 /// The frames of one event: encoded once per channel spelling, shared by all that spell it so.
 pub(super) struct Frames<'a> {
-    pub(super) event: &'a Event,
+    pub(super) event: &'a Arc<Event>,
     pid: i32,
     made: Vec<(Arc<str>, Bytes)>,
 }
 
 impl<'a> Frames<'a> {
-    pub(super) fn new(event: &'a Event, pid: i32) -> Self {
+    pub(super) fn new(event: &'a Arc<Event>, pid: i32) -> Self {
         Self {
             event,
             pid,
             made: Vec::new(),
+        }
+    }
+
+    fn made_for(&mut self, takes: Takes, channel: &Arc<str>) -> What {
+        match takes {
+            Takes::Frames => What::Frame(self.spelled(channel)),
+            Takes::Events => What::Event(Arc::clone(self.event)),
         }
     }
 
@@ -193,12 +248,31 @@ pub(super) struct Bounds {
 #[derive(Debug)]
 struct Item {
     stream: StreamId,
-    /// `None`: this stream's gap marker.
-    frame: Option<Bytes>,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    Frame(Bytes),
+    Event(Arc<Event>),
+    /// This stream's gap marker, made when it is read.
+    Marker,
+}
+
+impl What {
+    /// An event's bytes are shared by all who wait for it; each is charged as if they were its own.
+    fn len(&self) -> usize {
+        match self {
+            Self::Frame(frame) => frame.len(),
+            Self::Event(event) => event.payload.len(),
+            Self::Marker => 0,
+        }
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct Inbox {
+    takes: Takes,
     bounds: Bounds,
     queue: VecDeque<Item>,
     bytes: usize,
@@ -213,7 +287,7 @@ pub(super) struct Inbox {
 }
 
 /// What `pop` found.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Popped {
     pub(super) delivery: Option<Delivery>,
     /// Tell the hub: there is room for a page again.
@@ -236,8 +310,9 @@ impl Inbox {
         streams.any(|stream| matches!(stream.target, Target::Ordinary(_)))
     }
 
-    pub(super) fn new(bounds: Bounds) -> Self {
+    pub(super) fn new(bounds: Bounds, takes: Takes) -> Self {
         Self {
+            takes,
             bounds,
             queue: VecDeque::new(),
             bytes: 0,
@@ -306,7 +381,7 @@ impl Inbox {
         self.queue.retain(|item| {
             let keep = item.stream != id;
             if !keep {
-                *bytes -= item.frame.as_ref().map_or(0, Bytes::len);
+                *bytes -= item.what.len();
             }
             keep
         });
@@ -359,7 +434,7 @@ impl Inbox {
             self.cut(CutReason::TooSlow);
             return Offered::Cut;
         }
-        self.push(id, frame.clone());
+        self.push(id, What::Frame(frame.clone()));
         Offered::Queued
     }
 
@@ -387,14 +462,14 @@ impl Inbox {
                 return Offered::Skipped;
             }
         }
-        let frame = frames.spelled(&stream.spelling);
-        if !has_room(&self.bounds, self.queue.len(), self.bytes, frame.len()) {
+        let what = frames.made_for(self.takes, &stream.spelling);
+        if !has_room(&self.bounds, self.queue.len(), self.bytes, what.len()) {
             return self.fall_behind(id, frames);
         }
         if seq.is_some() {
             stream.last_seq = seq;
         }
-        self.push(id, frame);
+        self.push(id, what);
         Offered::Queued
     }
 
@@ -525,7 +600,7 @@ impl Inbox {
         match marker {
             // Beyond the bound if need be: one a stream and replay.
             Some(frame) => {
-                self.push(id, frame);
+                self.push(id, What::Frame(frame));
                 Offered::Gap
             }
             None => Offered::Skipped,
@@ -539,12 +614,12 @@ impl Inbox {
         if self.cut.is_some() || !matches!(stream.phase, Phase::Paging(_)) {
             return Fed::Gone;
         }
-        let frame = frames.spelled(&stream.spelling);
-        if !has_room(&self.bounds, self.queue.len(), self.bytes, frame.len()) {
+        let what = frames.made_for(self.takes, &stream.spelling);
+        if !has_room(&self.bounds, self.queue.len(), self.bytes, what.len()) {
             return Fed::Full;
         }
         stream.last_seq = frames.event.seq;
-        self.push(id, frame);
+        self.push(id, what);
         Fed::Queued
     }
 
@@ -572,12 +647,11 @@ impl Inbox {
             let Some(item) = self.queue.pop_front() else {
                 break self.cut.map(Delivery::Cut);
             };
-            match item.frame {
-                Some(frame) => {
-                    self.bytes -= frame.len();
-                    break Some(Delivery::Frame(frame));
-                }
-                None => {
+            self.bytes -= item.what.len();
+            match item.what {
+                What::Frame(frame) => break Some(Delivery::Frame(frame)),
+                What::Event(event) => break Some(Delivery::Event(event)),
+                What::Marker => {
                     if let Some(frame) = self.streams.get_mut(&item.stream).and_then(read_marker) {
                         break Some(Delivery::Frame(frame));
                     }
@@ -628,19 +702,16 @@ impl Inbox {
         }
     }
 
-    fn push(&mut self, stream: StreamId, frame: Bytes) {
-        self.bytes += frame.len();
-        self.queue.push_back(Item {
-            stream,
-            frame: Some(frame),
-        });
+    fn push(&mut self, stream: StreamId, what: What) {
+        self.bytes += what.len();
+        self.queue.push_back(Item { stream, what });
         self.wake();
     }
 
     fn push_marker(&mut self, stream: StreamId) {
         self.queue.push_back(Item {
             stream,
-            frame: None,
+            what: What::Marker,
         });
         self.wake();
     }
@@ -722,10 +793,8 @@ mod tests {
     const PID: i32 = 7;
 
     fn inbox(frames: usize) -> Inbox {
-        Inbox::new(Bounds {
-            frames,
-            bytes: 1 << 20,
-        })
+        let bytes = 1 << 20;
+        Inbox::new(Bounds { frames, bytes }, Takes::Frames)
     }
 
     fn run() -> Target {
@@ -735,15 +804,21 @@ mod tests {
         }
     }
 
-    fn event(id: i64, seq: Option<i64>) -> Event {
+    fn event(id: i64, seq: Option<i64>) -> Arc<Event> {
         let payload = format!("{{\"n\": {}}}", seq.unwrap_or(-id));
-        Event {
+        Arc::new(Event {
             id,
             topic: "pgflow:run:r".into(),
             seq,
             flow: None,
             payload,
-        }
+            name: "run:started".into(),
+            message_id: String::new(),
+            private: false,
+            xid: 1,
+            reading: None,
+            encoded: Default::default(),
+        })
     }
 
     fn offer(inbox: &mut Inbox, stream: StreamId, id: i64, seq: Option<i64>) -> Offered {
@@ -783,6 +858,7 @@ mod tests {
         match delivery {
             None => "-".into(),
             Some(Delivery::Cut(reason)) => format!("{reason:?}"),
+            Some(Delivery::Event(event)) => format!("event {}", event.id),
             Some(Delivery::Frame(frame)) => {
                 let payload = frame[9..]
                     .split(|&byte| byte == 0)
@@ -951,22 +1027,17 @@ mod tests {
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Skipped);
-        assert_eq!(
-            inbox.pop().delivery,
-            Some(Delivery::Cut(CutReason::TooSlow))
-        );
-        assert_eq!(
-            inbox.pop().delivery,
-            Some(Delivery::Cut(CutReason::TooSlow))
-        );
+        assert_eq!(text(inbox.pop().delivery), "TooSlow");
+        assert_eq!(text(inbox.pop().delivery), "TooSlow");
     }
 
     #[test]
     fn a_frame_larger_than_the_bound_passes_when_nothing_waits() {
-        let mut inbox = Inbox::new(Bounds {
+        let bounds = Bounds {
             frames: 4,
             bytes: 10,
-        });
+        };
+        let mut inbox = Inbox::new(bounds, Takes::Frames);
         inbox.add(1, "o", Target::Ordinary("o".into()), None);
         let frame = notification(PID, "o", "a payload of more than ten bytes");
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);

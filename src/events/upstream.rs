@@ -36,7 +36,8 @@ use crate::server::control::{ControlConnection, DialError, dial, words};
 use super::EventsError;
 use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
 use super::rhythm::{Rhythm, Turn};
-use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page};
+use super::snapshot::Snapshot;
+use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page, Reading};
 
 const APPLICATION: &str = "flowgate events";
 /// After the last subscriber left.
@@ -135,40 +136,6 @@ struct Cursor {
     timeline: String,
     /// Of a read that broke off: already handed out.
     partial: HashSet<i64>,
-}
-
-/// The text of a `pg_snapshot`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Snapshot {
-    xmax: u64,
-    /// In progress, below `xmax`; as written, it goes back into SQL.
-    xip: String,
-}
-
-impl Snapshot {
-    fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.split(':');
-        let (_xmin, xmax, xip) = (parts.next()?, parts.next()?.parse().ok()?, parts.next()?);
-        let numbers = xip.is_empty() || xip.split(',').all(|xid| xid.parse::<u64>().is_ok());
-        (numbers && parts.next().is_none()).then(|| Self {
-            xmax,
-            xip: xip.to_owned(),
-        })
-    }
-
-    fn in_progress(&self) -> Vec<u64> {
-        let xids = self.xip.split(',').filter_map(|xid| xid.parse().ok());
-        xids.collect()
-    }
-
-    /// The rows a transaction wrote that was not visible.
-    fn unseen(&self) -> String {
-        let mut sql = format!("e.xid >= '{}'::xid8", self.xmax);
-        if !self.xip.is_empty() {
-            write!(sql, " or e.xid = any('{{{}}}'::xid8[])", self.xip).expect("a String takes all");
-        }
-        sql
-    }
 }
 
 struct Session<'a> {
@@ -497,15 +464,16 @@ impl<'a> Session<'a> {
             ("e.payload->>'flow_slug'", "")
         };
         let sql = format!(
-            "select s.now, e.id, e.topic, e.seq, e.flow, e.payload \
+            "select s.now, e.id, e.topic, e.seq, e.flow, e.payload, e.event, e.message_id, e.xid, e.private \
              from (select pg_current_snapshot()::text as now) s left join \
-             (select e.id, e.topic, e.seq, {flow} as flow, e.payload::text from flowgate.event e {runs} \
-             where {unseen}) e on true order by e.id"
+             (select e.id, e.topic, e.seq, {flow} as flow, e.payload::text, e.event, e.message_id, e.xid, e.private \
+             from flowgate.event e {runs} where {unseen}) e on true order by e.id"
         );
         let metrics = &self.hub.common.metrics;
         metrics.outbox_reads.inc();
         let mut rows = pin!(answered(self.client.simple_query_raw(&sql)).await?);
-        let mut now = None;
+        let mut now: Option<Snapshot> = None;
+        let mut reading: Option<Arc<Reading>> = None;
         let mut count = 0;
         while let Some(message) = answered(poll_fn(|cx| {
             Poll::Ready(ready!(rows.as_mut().poll_next(cx)).transpose())
@@ -518,14 +486,21 @@ impl<'a> Session<'a> {
             if now.is_none() {
                 now = row.get(0).and_then(Snapshot::parse);
             }
-            let Some(event) = event(&row, 1) else {
+            let (Some(mut event), Some(now)) = (event(&row, 1), &now) else {
                 continue;
             };
+            let reading = reading.get_or_insert_with(|| {
+                Arc::new(Reading {
+                    before: cursor.seen.clone(),
+                    now: now.clone(),
+                })
+            });
+            event.reading = Some(Arc::clone(reading));
             count += 1;
             if cursor.partial.insert(event.id) {
                 metrics.outbox_rows.inc();
                 cursor.last_id = cursor.last_id.max(event.id);
-                self.hub.dispatch_event(&event);
+                self.hub.dispatch_event(&Arc::new(event));
             }
         }
         cursor.seen = now.ok_or(SessionError::Answer("the outbox read"))?;
@@ -589,7 +564,8 @@ impl<'a> Session<'a> {
             ),
         };
         let sql = format!(
-            "select p.id, p.topic, p.seq, null, p.payload::text from ({rows}) p order by p.seq limit {PAGE_ROWS}"
+            "select p.id, p.topic, p.seq, null, p.payload::text, p.event, p.message_id, p.xid, p.private from ({rows}) p \
+             order by p.seq limit {PAGE_ROWS}"
         );
         let metrics = &self.hub.common.metrics;
         metrics.replay_reads.inc();
@@ -604,7 +580,7 @@ impl<'a> Session<'a> {
             let SimpleQueryMessage::Row(row) = message else {
                 continue;
             };
-            let event = event(&row, 0).ok_or(SessionError::Answer("a replay"))?;
+            let event = Arc::new(event(&row, 0).ok_or(SessionError::Answer("a replay"))?);
             count += 1;
             fed = mailbox
                 .lock()
@@ -696,7 +672,7 @@ fn number<T: std::str::FromStr>(row: &SimpleQueryRow, column: usize) -> Option<T
     row.get(column)?.parse().ok()
 }
 
-/// `id, topic, seq, flow, payload` from this column on; `None` where there is no event.
+/// `id, topic, seq, flow, payload, event, message_id, xid, private` from this column on; `None` where there is no event.
 fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
     let (id, seq) = (number(row, from)?, number(row, from + 2));
     // `jsonb` prints nothing that is not JSON.
@@ -711,6 +687,12 @@ fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
         seq,
         flow,
         payload,
+        name: row.get(from + 5)?.to_owned(),
+        message_id: row.get(from + 6)?.to_owned(),
+        xid: number(row, from + 7)?,
+        private: row.get(from + 8) == Some("t"),
+        reading: None,
+        encoded: Default::default(),
     })
 }
 
@@ -727,20 +709,6 @@ fn literal(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_snapshot_could_not_see_is_spelled_for_an_index() {
-        let check =
-            |text: &str, sql: &str| assert_eq!(Snapshot::parse(text).expect(text).unseen(), sql);
-        check("10:10:", "e.xid >= '10'::xid8");
-        check(
-            "10:20:10,14",
-            "e.xid >= '20'::xid8 or e.xid = any('{10,14}'::xid8[])",
-        );
-        for bad in ["", "10", "10:20", "10:x:", "10:20:a", "10:20:1:2"] {
-            assert_eq!(Snapshot::parse(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn channel_names_are_quoted() {

@@ -1,27 +1,140 @@
-//! The HTTP plane: whether we live, whether we can serve, and our numbers. Never touches a client's or server's socket of
-//! the data plane. Started by `app.rs` with the socket it bound.
+//! The HTTP plane: health, readiness, numbers and the dashboard's files for everybody; and for whom `identity` knows, what a
+//! run is and its events: as JSON (`api`), as server-sent events (`streams`), and as pgflow's own client expects it (`rest`,
+//! `realtime`). It serves the database of `primary.url`. Never touches a client's or server's socket of the data plane. Started
+//! by `app.rs` with the socket it bound.
 
+mod api;
+mod cors;
+mod counters;
+mod dashboard;
+mod db;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
+mod identity;
+mod jwt;
+mod phoenix;
+mod realtime;
+mod refusal;
+mod rest;
 mod seats;
+mod sight;
+mod starting;
+mod streams;
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::Listener;
+use bytes::Bytes;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tower_http::compression::CompressionLayer;
+use tracing::debug;
 
+use crate::config::Config;
+use crate::events::{Hub, Hubs};
 use crate::metrics::Registry;
-use seats::Seats;
+pub use jwt::JwksError;
+
+use cors::Origins;
+use counters::Counters;
+pub(crate) use dashboard::Place;
+use db::Database;
+use identity::Guard;
+use seats::{Seated, Seats};
+use sight::Sight;
+use starting::Starting;
+
+/// Of a request.
+const BODY_MAX: usize = 8 << 20;
+/// From a request's head to its answer's, where there is no stream.
+const REQUEST_MAX: Duration = Duration::from_secs(60);
 
 /// What the routes read; handles, cheap to clone.
 #[derive(Clone)]
-pub struct HttpState {
-    pub registry: Arc<Registry>,
-    pub ready: watch::Receiver<Readiness>,
+pub(crate) struct HttpState(Arc<Parts>);
+
+pub(crate) struct Parts {
+    registry: Arc<Registry>,
+    ready: watch::Receiver<Readiness>,
+    guard: Guard,
+    database: Arc<Database>,
+    sight: Sight,
+    hub: Arc<Hub>,
+    origins: Origins,
+    starting: Starting,
+    counters: Counters,
+    limits: Limits,
+    /// Where the page says that Postgres' protocol is spoken.
+    place: Place,
+    stop: watch::Sender<bool>,
+    /// True once we go: streams end.
+    stopping: watch::Receiver<bool>,
+}
+
+struct Limits {
+    connections: usize,
+    header_timeout: Duration,
+    write_timeout: Duration,
+}
+
+impl std::ops::Deref for HttpState {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl HttpState {
+    pub(crate) fn new(
+        config: &Config,
+        hubs: &Hubs,
+        registry: &Arc<Registry>,
+        ready: watch::Receiver<Readiness>,
+        place: Place,
+    ) -> Result<Self, JwksError> {
+        let http = &config.http;
+        let database = Arc::new(Database::new(
+            config.primary.clone(),
+            http.pool_size.get(),
+            config.pool.connect_timeout,
+            registry,
+        ));
+        let (stop, stopping) = watch::channel(false);
+        Ok(Self(Arc::new(Parts {
+            registry: Arc::clone(registry),
+            ready,
+            guard: Guard::new(http)?,
+            sight: Sight::new(Arc::clone(&database), http.recheck),
+            database,
+            hub: hubs.of_database(&config.primary.database),
+            origins: Origins::new(&http.cors),
+            starting: Starting::default(),
+            counters: Counters::new(registry),
+            limits: Limits {
+                connections: http.max_connections.get(),
+                header_timeout: http.header_timeout,
+                write_timeout: http.write_timeout,
+            },
+            place,
+            stop,
+            stopping,
+        })))
+    }
 }
 
 /// Whether traffic should be sent here: what `/readyz` says.
@@ -32,26 +145,118 @@ pub enum Readiness {
     NotReady(String),
 }
 
-/// Serves until `shutdown` resolves, then lets requests under way end. How long that may take is the caller's to bound.
-/// No more than `connections_max` connections are served at once.
-pub async fn serve(
+/// Serves until `shutdown` resolves, then ends streams and lets requests under way end. How long that may take is the caller's
+/// to bound. No more than `http.max_connections` connections are served at once.
+pub(crate) async fn serve(
     listener: TcpListener,
-    connections_max: usize,
     state: HttpState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let seats = Seats::new(listener, connections_max, &state.registry);
-    axum::serve(seats, router(state))
-        .with_graceful_shutdown(shutdown)
-        .await
+    let limits = &state.limits;
+    let mut seats = Seats::new(
+        listener,
+        limits.connections,
+        limits.write_timeout,
+        &state.registry,
+    );
+    let router = router(state.clone());
+    let mut connections = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            (seated, _address) = seats.accept() => {
+                connections.spawn(converse(seated, router.clone(), state.clone()));
+            }
+            Some(_ended) = connections.join_next(), if !connections.is_empty() => {}
+        }
+    }
+    let vacated = seats.vacated();
+    drop(seats);
+    state.stop.send_replace(true);
+    while connections.join_next().await.is_some() {}
+    // Sockets live in tasks of their own.
+    vacated.await;
+    Ok(())
+}
+
+/// One connection, to its end.
+async fn converse(seated: Seated, router: Router, state: HttpState) {
+    let mut stopping = state.stopping.clone();
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(state.limits.header_timeout)
+        .serve_connection(TokioIo::new(seated), TowerToHyperService::new(router))
+        .with_upgrades();
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopped(&mut stopping) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "HTTP connection");
+    }
+}
+
+/// Resolves when we go.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    drop(stopping.wait_for(|stopping| *stopping).await);
 }
 
 fn router(state: HttpState) -> Router {
+    let rest = Router::new()
+        .route("/rpc/{name}", post(rest::call))
+        .route("/{table}", get(rest::read))
+        .fallback(rest::unknown);
+    let answers = Router::new()
+        .route("/runs", get(api::runs))
+        .route("/runs/{id}", get(api::run))
+        .route("/flows", get(api::flows))
+        .route("/flows/{slug}", get(api::flow))
+        .nest("/rest/v1", rest)
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(from_fn(in_time))
+        .layer(CompressionLayer::new());
+    let streams = Router::new()
+        .route("/events", get(streams::all))
+        .route("/events/flows/{slug}", get(streams::flow))
+        .route("/events/runs/{id}", get(streams::run))
+        .route("/realtime/v1/websocket", get(realtime::websocket));
     Router::new()
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
+        .merge(dashboard::routes(&state.place).layer(CompressionLayer::new()))
+        .merge(answers)
+        .merge(streams)
+        .layer(from_fn_with_state(state.origins.clone(), cors::apply))
         .with_state(state)
+}
+
+/// A body that never ends must not hold a place for ever.
+async fn in_time(request: Request, next: Next) -> Response {
+    match timeout(REQUEST_MAX, next.run(request)).await {
+        Ok(response) => response,
+        Err(_elapsed) => StatusCode::REQUEST_TIMEOUT.into_response(),
+    }
+}
+
+/// Of a NotificationResponse: its channel and payload. (protocol-message-formats.html)
+fn parts_of(frame: &Bytes) -> Option<(&str, &str)> {
+    let text = std::str::from_utf8(frame.get(9..)?).ok()?;
+    text.strip_suffix('\0')?.split_once('\0')
+}
+
+fn channel_of(frame: &Bytes) -> Option<&str> {
+    parts_of(frame).map(|(channel, _)| channel)
+}
+
+fn payload_of(frame: &Bytes) -> Option<&str> {
+    parts_of(frame).map(|(_, payload)| payload)
 }
 
 /// Answers while the process does: a failing Postgres is no reason to restart us.
@@ -86,13 +291,17 @@ async fn metrics(State(state): State<HttpState>) -> impl IntoResponse {
 #[cfg(test)]
 mod tests {
     use std::net::SocketAddr;
+    use std::num::NonZeroUsize;
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
+    use tokio::runtime::Handle;
     use tokio::sync::oneshot;
     use tokio::task::JoinHandle;
     use tokio::time::timeout;
+
+    use crate::config::{self, Flags};
 
     use super::*;
 
@@ -107,26 +316,41 @@ mod tests {
     }
 
     async fn start(readiness: Readiness) -> Server {
-        start_with(readiness, 100).await
+        start_with(readiness, |_| {}).await
     }
 
-    async fn start_with(readiness: Readiness, connections_max: usize) -> Server {
+    async fn start_with(readiness: Readiness, tweak: impl FnOnce(&mut config::Http)) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let registry = Arc::new(Registry::new());
         let (ready, receiver) = watch::channel(readiness);
         let (stop, stopped) = oneshot::channel();
-        let state = HttpState {
-            registry: registry.clone(),
-            ready: receiver,
+        let flags = Flags {
+            // Nobody is asked anything here.
+            primary: Some("postgres://nobody@127.0.0.1:1/none".to_owned()),
+            ..Flags::default()
         };
+        let mut config = config::from_sources(None, std::iter::empty(), flags).unwrap();
+        tweak(&mut config.http);
+        let hubs = Hubs::new(
+            config.primary.clone(),
+            config.events.clone(),
+            DEADLINE,
+            &registry,
+            Handle::current(),
+        );
+        let place = Place {
+            postgres: addr,
+            database: "app".to_owned(),
+        };
+        let state = HttpState::new(&config, &hubs, &registry, receiver, place).unwrap();
         let shutdown = async { drop(stopped.await) };
         Server {
             addr,
             registry,
             ready,
             stop,
-            task: tokio::spawn(serve(listener, connections_max, state, shutdown)),
+            task: tokio::spawn(serve(listener, state, shutdown)),
         }
     }
 
@@ -190,6 +414,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_page_and_its_files_are_served_with_what_they_need() {
+        let server = start(Readiness::Ready).await;
+        let page = ask(server.addr, "GET /").await;
+        assert!(page.starts_with("HTTP/1.1 200 "), "{page}");
+        for header in [
+            "content-type: text/html; charset=utf-8\r\n",
+            "content-security-policy: default-src 'none';",
+            "cache-control: no-cache\r\n",
+        ] {
+            assert!(page.contains(header), "{header}: {page}");
+        }
+        let address = format!("data-postgres=\"{}\" data-database=\"app\"", server.addr);
+        assert!(page.contains(&address), "{page}");
+        for (name, kind) in [("app.js", "text/javascript"), ("style.css", "text/css")] {
+            let file = ask(server.addr, &format!("GET /dashboard/{name}")).await;
+            assert!(file.starts_with("HTTP/1.1 200 "), "{file}");
+            let kind = format!("content-type: {kind}; charset=utf-8\r\n");
+            assert!(file.contains(&kind), "{file}");
+        }
+    }
+
+    #[tokio::test]
     async fn what_is_not_there_is_refused() {
         let server = start(Readiness::Ready).await;
         let answer = ask(server.addr, "GET /nothing").await;
@@ -200,7 +446,10 @@ mod tests {
 
     #[tokio::test]
     async fn beyond_the_limit_a_connection_is_refused_in_words_until_one_ends() {
-        let server = start_with(Readiness::Ready, 1).await;
+        let server = start_with(Readiness::Ready, |http| {
+            http.max_connections = NonZeroUsize::MIN
+        })
+        .await;
         let mut first = TcpStream::connect(server.addr).await.unwrap();
         first
             .write_all(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -263,5 +512,36 @@ mod tests {
                 .unwrap(),
             0
         );
+    }
+
+    #[tokio::test]
+    async fn a_head_that_never_ends_and_a_client_that_reads_nothing_are_cut() {
+        let server = start_with(Readiness::Ready, |http| {
+            http.header_timeout = Duration::from_millis(100);
+            http.write_timeout = Duration::from_millis(100);
+        })
+        .await;
+        let mut slow = TcpStream::connect(server.addr).await.unwrap();
+        slow.write_all(b"GET /healthz HTTP/1.1\r\nhost: ")
+            .await
+            .unwrap();
+        let mut answer = Vec::new();
+        let cut = timeout(DEADLINE, slow.read_to_end(&mut answer)).await;
+        assert!(cut.is_ok(), "the connection ends");
+
+        // Asks for more than sockets hold, and reads none of it.
+        server
+            .registry
+            .counter("flowgate_long_total", &"x".repeat(1 << 20), &[]);
+        let mut deaf = TcpStream::connect(server.addr).await.unwrap();
+        let pipelined = "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n".repeat(50);
+        deaf.write_all(pipelined.as_bytes()).await.unwrap();
+        let told = "flowgate_http_connections_cut_total 1";
+        let cut = async {
+            while !server.registry.render().lines().any(|line| line == told) {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, cut).await.expect("a cut");
     }
 }

@@ -1,5 +1,5 @@
-//! Takes HTTP connections, `http.max_connections` of them at once, and tells those beyond that it is full. Reads nothing of a
-//! request. Called by `mod.rs`.
+//! Takes HTTP connections, `http.max_connections` of them at once, tells those beyond that it is full, and cuts who reads
+//! nothing of what waits for it. Reads nothing of a request. Called by `mod.rs`.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use axum::serve::Listener;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep, timeout};
 
 use crate::metrics::{Counter, Gauge, Registry};
 
@@ -29,17 +29,29 @@ pub(super) struct Seats {
     places: usize,
     free: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
+    write_timeout: Duration,
     taken: Arc<Gauge>,
     refused: Arc<Counter>,
+    cut: Arc<Counter>,
 }
 
 impl Seats {
-    pub(super) fn new(listener: TcpListener, places: usize, registry: &Registry) -> Self {
-        let (taken, refused) = (
+    pub(super) fn new(
+        listener: TcpListener,
+        places: usize,
+        write_timeout: Duration,
+        registry: &Registry,
+    ) -> Self {
+        let (taken, refused, cut) = (
             registry.gauge("flowgate_http_connections", "HTTP connections open", &[]),
             registry.counter(
                 "flowgate_http_connections_refused_total",
                 "HTTP connections refused because http.max_connections were open",
+                &[],
+            ),
+            registry.counter(
+                "flowgate_http_connections_cut_total",
+                "HTTP connections cut because the client read nothing for http.write_timeout",
                 &[],
             ),
         );
@@ -48,8 +60,19 @@ impl Seats {
             places,
             free: Arc::new(Semaphore::new(places)),
             refusals: Arc::new(Semaphore::new(REFUSALS)),
+            write_timeout,
             taken,
             refused,
+            cut,
+        }
+    }
+
+    /// Resolves when every connection is gone, those that became sockets too; for once no more are taken.
+    pub(super) fn vacated(&self) -> impl Future<Output = ()> + use<> {
+        let (free, places) = (Arc::clone(&self.free), self.places);
+        async move {
+            let places = u32::try_from(places).unwrap_or(u32::MAX);
+            drop(free.acquire_many_owned(places).await);
         }
     }
 
@@ -98,13 +121,16 @@ impl Listener for Seats {
                         taken,
                         _permit: permit,
                     };
-                    return (
-                        Seated {
-                            stream,
-                            _seat: seat,
-                        },
-                        address,
-                    );
+                    // Events are small and must not wait for one another.
+                    drop(stream.set_nodelay(true));
+                    let seated = Seated {
+                        stream,
+                        patience: self.write_timeout,
+                        stalled: None,
+                        cut: Arc::clone(&self.cut),
+                        _seat: seat,
+                    };
+                    return (seated, address);
                 }
                 Err(_full) => self.refuse(stream),
             }
@@ -131,7 +157,34 @@ impl Drop for Seat {
 /// A connection in its seat.
 pub(super) struct Seated {
     stream: TcpStream,
+    patience: Duration,
+    /// While bytes wait that the client does not take.
+    stalled: Option<Pin<Box<Sleep>>>,
+    cut: Arc<Counter>,
     _seat: Seat,
+}
+
+impl Seated {
+    fn judge<T>(
+        &mut self,
+        written: Poll<io::Result<T>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let patience = self.patience;
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(patience)));
+        if stalled.as_mut().poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        self.stalled = None;
+        self.cut.inc();
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
 }
 
 impl AsyncRead for Seated {
@@ -150,15 +203,17 @@ impl AsyncWrite for Seated {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.judge(written, cx)
     }
 
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
+        slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.judge(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {

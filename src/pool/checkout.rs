@@ -14,9 +14,10 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
+use super::alarm::Alarm;
 use super::budget::{Ask, Budget, Place, Room};
 use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
@@ -28,6 +29,7 @@ use crate::server::auth::Credentials;
 use crate::server::conn::{ServerConn, ServerKey, ServerRecord};
 use crate::server::connect::{ConnectError, Connector, send_cancel};
 use crate::server::parameters::{Opening, Reported};
+use crate::server::settings::Settings;
 use crate::wire::stream::Stream;
 
 /// A server idle for less than this is not asked whether it still lives.
@@ -121,6 +123,14 @@ fn bounds(settings: &config::Pool) -> Bounds {
     }
 }
 
+/// An idle server at a glance.
+enum Judged {
+    Fit(Checkout),
+    /// It is closed.
+    Unfit,
+    Doubtful(Checkout, Peek),
+}
+
 /// What a waiter is handed. Dropped unread, it goes back by itself.
 enum Grant {
     Server(Checkout),
@@ -153,8 +163,7 @@ pub(crate) struct Pool {
     budget: Arc<Budget>,
     /// What the last client that logged in as this user proved itself with.
     credentials: Mutex<Credentials>,
-    /// What sessions opened alike were last told at login, for clients that log in while every server is busy.
-    seen: Mutex<HashMap<Arc<Opening>, Seen>>,
+    seen: Mutex<LastSeen>,
     /// Every open server, on loan or not.
     servers: Mutex<Vec<Weak<ServerRecord>>>,
     /// Rises when every server opened so far is to be closed: also the ones that are just being opened.
@@ -168,15 +177,68 @@ pub(crate) struct Pool {
     common: Arc<Common>,
 }
 
-/// What a login needs to answer without a server in hand.
-#[derive(Clone)]
-pub(crate) struct Seen {
+/// What a client is told at login, and begins with. Clients that begin alike share all of it.
+pub(crate) struct Welcome {
+    pub(crate) opening: Arc<Opening>,
     pub(crate) reported: Reported,
+    pub(crate) settings: Arc<Settings>,
     pub(crate) pid: u32,
 }
 
+#[derive(Default)]
+struct LastSeen {
+    /// What sessions opened alike were last told at login, for clients that log in while every server is busy.
+    told: HashMap<Arc<Opening>, (Reported, u32)>,
+    /// What clients of a name began with.
+    begun: Vec<(String, Reported, Arc<Settings>)>,
+}
+
 /// Openings remembered a pool.
-const SEEN_MAX: usize = 64;
+const TOLD_MAX: usize = 64;
+/// Beginnings remembered a pool.
+const BEGUN_MAX: usize = 64;
+
+impl LastSeen {
+    fn note(&mut self, opening: &Arc<Opening>, reported: &Reported, pid: u32) {
+        if self.told.len() >= TOLD_MAX {
+            self.told.clear();
+        }
+        // The first of equal keys stays.
+        self.told
+            .insert(Arc::clone(opening), (reported.clone(), pid));
+    }
+
+    fn welcome(&mut self, wish: Wish<'_>, mut reported: Reported, pid: u32) -> Welcome {
+        let name = wish.application_name;
+        if reported.find("application_name").is_some() {
+            reported.set("application_name", name);
+        }
+        let opening = self.told.get_key_value(wish.opening);
+        let opening = Arc::clone(opening.map_or(wish.opening, |(opening, _)| opening));
+        let known = self
+            .begun
+            .iter()
+            .find(|(known, begun, _)| known == name && *begun == reported);
+        let (reported, settings) = match known {
+            Some((_, reported, settings)) => (reported.clone(), Arc::clone(settings)),
+            None => {
+                if self.begun.len() >= BEGUN_MAX {
+                    self.begun.clear();
+                }
+                let settings = Arc::new(Settings::named(name));
+                let begun = (name.to_owned(), reported.clone(), Arc::clone(&settings));
+                self.begun.push(begun);
+                (reported, settings)
+            }
+        };
+        Welcome {
+            opening,
+            reported,
+            settings,
+            pid,
+        }
+    }
+}
 
 /// Who asks, and for what.
 #[derive(Clone, Copy)]
@@ -282,15 +344,14 @@ impl Pool {
     }
 
     /// A server for this client without any waiting, if one is idle and surely alive.
-    pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>) -> Option<Checkout> {
+    pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>, now: Instant) -> Option<Checkout> {
         let (server, terms) = {
             let mut books = lock(&self.books);
             let server = books.shelf.take_idle(wish.client, wish.opening)?;
             (server, books.terms)
         };
         let checkout = Checkout::new(server, self);
-        let now = Instant::now();
-        let idle = now.duration_since(checkout.idle_since);
+        let idle = now.saturating_duration_since(checkout.idle_since);
         let trusted = idle < TRUSTED_IDLE;
         let checked = terms.server_check.is_none_or(|longest| idle <= longest);
         if !terms.is_old(&checkout, now)
@@ -307,11 +368,12 @@ impl Pool {
         self: &Arc<Self>,
         wish: Wish<'_>,
         within: Option<Duration>,
+        now: Instant,
+        alarm: &mut Alarm,
     ) -> Result<Checkout, CheckoutError> {
         loop {
-            let now = Instant::now();
             let mut receiver = None;
-            let taken = {
+            let (taken, terms) = {
                 let mut ask = Ask(&self.budget);
                 let wake = || {
                     let (sender, awaited) = oneshot::channel();
@@ -319,27 +381,52 @@ impl Pool {
                     sender
                 };
                 let mut books = lock(&self.books);
-                books
-                    .shelf
-                    .take(wish.client, wish.opening, now, &mut ask, wake)
+                let (client, kind) = (wish.client, wish.opening);
+                let taken = books.shelf.take(client, kind, now, &mut ask, wake);
+                (taken, books.terms)
             };
             match taken {
-                Take::Ready(server) => match self.fit(server).await {
-                    Some(checkout) => return Ok(checkout),
-                    None => continue,
+                Take::Ready(server) => match self.judge(server, terms, now) {
+                    Judged::Fit(checkout) => return Ok(checkout),
+                    Judged::Unfit => {}
+                    Judged::Doubtful(checkout, peek) => {
+                        if let Some(checkout) = Box::pin(self.ask(checkout, peek)).await {
+                            return Ok(checkout);
+                        }
+                    }
                 },
-                Take::Open(room) => return self.open(Slot::new(self, room, None), wish).await,
+                Take::Open(room) => {
+                    return Box::pin(self.open(Slot::new(self, room, None), wish)).await;
+                }
                 Take::Replace(old, room) => {
-                    return self.open(Slot::new(self, room, Some(old)), wish).await;
+                    return Box::pin(self.open(Slot::new(self, room, Some(old)), wish)).await;
                 }
                 Take::Wait { ticket, starved } => {
                     let receiver = receiver.expect("a wait comes with its receiver");
                     // However the wait ends, also by this future being dropped, the wish is taken back.
-                    let wished = Wished { pool: self, ticket };
+                    let wished = Wished {
+                        pool: self,
+                        ticket: Some(ticket),
+                    };
                     if starved {
                         self.starve();
                     }
-                    return self.wait(wished, receiver, wish, within).await;
+                    let within = within.map_or(terms.checkout_timeout, |within| {
+                        within.min(terms.checkout_timeout)
+                    });
+                    let until = Until {
+                        deadline: now + within,
+                        reserve: terms.reserve_timeout.map(|patience| now + patience),
+                    };
+                    self.common.counters.waited.inc();
+                    return match wait(wished, receiver, until, alarm).await {
+                        Some(Grant::Server(checkout)) => Ok(checkout),
+                        Some(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
+                        None => {
+                            self.common.counters.timed_out.inc();
+                            Err(CheckoutError::TimedOut(within))
+                        }
+                    };
                 }
             }
         }
@@ -347,30 +434,28 @@ impl Pool {
 
     /// What a client that logs in is told: from a server of its own if one is to be had at once, else from what an equal
     /// session was told, else after waiting its turn like any request.
-    pub(crate) async fn log_in(self: &Arc<Self>, wish: Wish<'_>) -> Result<Seen, CheckoutError> {
-        if self.is_busy()
-            && let Some(seen) = lock(&self.seen).get(wish.opening)
-        {
-            return Ok(seen.clone());
+    pub(crate) async fn log_in(self: &Arc<Self>, wish: Wish<'_>) -> Result<Welcome, CheckoutError> {
+        if self.is_busy() {
+            let mut seen = lock(&self.seen);
+            if let Some((reported, pid)) = seen.told.get(wish.opening).cloned() {
+                return Ok(seen.welcome(wish, reported, pid));
+            }
         }
-        let mut server = self.checkout(wish, None).await?;
+        let now = Instant::now();
+        let mut server = self
+            .checkout(wish, None, now, &mut Alarm::default())
+            .await?;
         // It may be as another client's session has made it.
-        reset::unset_all(&mut server)
+        Box::pin(reset::unset_all(&mut server))
             .await
             .map_err(CheckoutError::Settings)?;
-        let seen = Seen {
-            reported: server.reported.clone(),
-            pid: server.key.pid,
-        };
+        let (reported, pid) = (server.reported.clone(), server.key.pid);
         if let Some(clean) = reset::prove(&server) {
-            server.check_in(clean, Some(wish.client));
+            server.check_in(clean, Some(wish.client), Instant::now());
         }
-        let mut known = lock(&self.seen);
-        if known.len() >= SEEN_MAX {
-            known.clear();
-        }
-        known.insert(Arc::clone(wish.opening), seen.clone());
-        Ok(seen)
+        let mut seen = lock(&self.seen);
+        seen.note(wish.opening, &reported, pid);
+        Ok(seen.welcome(wish, reported, pid))
     }
 
     /// This client is gone.
@@ -378,43 +463,10 @@ impl Pool {
         lock(&self.books).shelf.disown(client);
     }
 
-    async fn wait(
-        self: &Arc<Self>,
-        wished: Wished<'_>,
-        mut receiver: oneshot::Receiver<Grant>,
-        wish: Wish<'_>,
-        within: Option<Duration>,
-    ) -> Result<Checkout, CheckoutError> {
-        self.common.counters.waited.inc();
-        let terms = lock(&self.books).terms;
-        let began = Instant::now();
-        let within = within.map_or(terms.checkout_timeout, |within| {
-            within.min(terms.checkout_timeout)
-        });
-        let mut reserve = terms.reserve_timeout.map(|patience| began + patience);
-        let granted = loop {
-            tokio::select! {
-                biased;
-                granted = &mut receiver => break granted.ok(),
-                () = sleep_until(began + within) => break None,
-                () = sleep_until(reserve.unwrap_or(began)), if reserve.is_some() => {
-                    self.claim_reserve(wished.ticket);
-                    reserve = Some(Instant::now() + RESERVE_RETRY);
-                }
-            }
+    fn claim_reserve(self: &Arc<Self>, wished: &Wished<'_>) {
+        let Some(ticket) = wished.ticket else {
+            return;
         };
-        drop(wished);
-        match granted {
-            Some(Grant::Server(checkout)) => Ok(checkout),
-            Some(Grant::Slot(slot)) => self.open(slot, wish).await,
-            None => {
-                self.common.counters.timed_out.inc();
-                Err(CheckoutError::TimedOut(within))
-            }
-        }
-    }
-
-    fn claim_reserve(self: &Arc<Self>, ticket: u64) {
         let offer = {
             let mut ask = Ask(&self.budget);
             lock(&self.books).shelf.claim_reserve(ticket, &mut ask)
@@ -457,23 +509,30 @@ impl Pool {
         }
     }
 
-    /// A server that was idle is lent only if it still lives; otherwise it is closed and its slot is free again.
-    async fn fit(self: &Arc<Self>, server: Box<Pooled>) -> Option<Checkout> {
-        let mut checkout = Checkout::new(server, self);
-        let terms = lock(&self.books).terms;
-        let now = Instant::now();
+    /// A server that was idle is lent only if it still lives.
+    fn judge(self: &Arc<Self>, server: Box<Pooled>, terms: Terms, now: Instant) -> Judged {
+        let checkout = Checkout::new(server, self);
         if terms.is_old(&checkout, now) {
-            return None;
+            return Judged::Unfit;
         }
-        let idle = now.duration_since(checkout.idle_since);
+        let idle = now.saturating_duration_since(checkout.idle_since);
         if idle < TRUSTED_IDLE {
-            return Some(checkout);
+            return Judged::Fit(checkout);
         }
-        let checks = terms.server_check.is_some_and(|longest| idle > longest);
-        let lives = match peek(&checkout) {
+        match peek(&checkout) {
+            Peek::Closed => Judged::Unfit,
+            Peek::Silent if terms.server_check.is_none_or(|longest| idle <= longest) => {
+                Judged::Fit(checkout)
+            }
+            peek @ (Peek::Silent | Peek::Speaks) => Judged::Doubtful(checkout, peek),
+        }
+    }
+
+    /// Whether a server still lives is for itself to say; otherwise it is closed and its slot is free again.
+    async fn ask(self: &Arc<Self>, mut checkout: Checkout, peek: Peek) -> Option<Checkout> {
+        let lives = match peek {
             Peek::Closed => return None,
-            Peek::Silent if checks => timeout(CHECK_MAX, reset::sync(&mut checkout)).await,
-            Peek::Silent => return Some(checkout),
+            Peek::Silent => timeout(CHECK_MAX, reset::sync(&mut checkout)).await,
             // Something arrived while nobody listened: a changed parameter, a notice, or a farewell.
             Peek::Speaks => timeout(CHECK_MAX, reset::absorb(&mut checkout)).await,
         };
@@ -648,7 +707,7 @@ impl Pool {
                 };
                 match pool.open(slot, wish).await {
                     Ok(server) => match reset::prove(&server) {
-                        Some(clean) => server.check_in(clean, None),
+                        Some(clean) => server.check_in(clean, None, Instant::now()),
                         None => break,
                     },
                     Err(error) => {
@@ -756,15 +815,52 @@ impl Drop for Opens<'_> {
     }
 }
 
-/// A wish for a server, taken back when dropped.
+/// A wish for a server, taken back when dropped unfulfilled.
 struct Wished<'a> {
     pool: &'a Arc<Pool>,
-    ticket: u64,
+    ticket: Option<u64>,
 }
 
 impl Drop for Wished<'_> {
     fn drop(&mut self) {
-        lock(&self.pool.books).shelf.forget(self.ticket);
+        if let Some(ticket) = self.ticket {
+            lock(&self.pool.books).shelf.forget(ticket);
+        }
+    }
+}
+
+/// How long a wish waits, and when it asks for one of the reserve.
+struct Until {
+    deadline: Instant,
+    reserve: Option<Instant>,
+}
+
+/// `None`: nothing came in time.
+async fn wait(
+    mut wished: Wished<'_>,
+    mut receiver: oneshot::Receiver<Grant>,
+    mut until: Until,
+    alarm: &mut Alarm,
+) -> Option<Grant> {
+    loop {
+        let Until { deadline, reserve } = until;
+        let next = reserve.map_or(deadline, |reserve| reserve.min(deadline));
+        tokio::select! {
+            biased;
+            granted = &mut receiver => {
+                if granted.is_ok() {
+                    wished.ticket = None;
+                }
+                return granted.ok();
+            }
+            () = poll_fn(|cx| alarm.poll_until(cx, next)) => {
+                if next == deadline {
+                    return None;
+                }
+                wished.pool.claim_reserve(&wished);
+                until.reserve = Some(Instant::now() + RESERVE_RETRY);
+            }
+        }
     }
 }
 
@@ -821,11 +917,11 @@ impl Checkout {
     }
 
     /// The server is fit for anybody; it stays warm for `owner`.
-    pub(crate) fn check_in(mut self, _clean: Clean, owner: Option<ClientId>) {
+    pub(crate) fn check_in(mut self, _clean: Clean, owner: Option<ClientId>, now: Instant) {
         let Some(mut server) = self.server.take() else {
             return;
         };
-        server.conn.idle_since = Instant::now();
+        server.conn.idle_since = now;
         server.conn.stream.input.rest();
         server
             .conn

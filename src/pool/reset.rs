@@ -11,7 +11,8 @@ use crate::server::settings::Settings;
 use crate::wire::error_response::field;
 use crate::wire::frame;
 use crate::wire::messages::{
-    TxStatus, parameter_status, put_empty, put_parse, put_query, put_statement_target,
+    TxStatus, parameter_status, put_cstr, put_empty, put_frame, put_parse, put_query,
+    put_statement_target,
 };
 
 /// Proof that a server may be shared: no transaction, nothing in flight, nothing unread, nothing done that is not known.
@@ -46,6 +47,8 @@ pub(crate) async fn discard(server: &mut ServerConn) -> Result<(), ResetError> {
     server.statements.clear();
     server.to_close.clear();
     server.lent.clear();
+    server.probes = false;
+    server.hidden = false;
     server.unnamed = None;
     forget_settings_but(server, &Settings::default());
     Ok(())
@@ -112,6 +115,9 @@ pub(crate) async fn take_back_statements(server: &mut ServerConn) -> Result<(), 
 
 /// Makes a server's settings those of a session that has set nothing.
 pub(crate) async fn unset_all(server: &mut ServerConn) -> Result<(), ResetError> {
+    if server.hidden {
+        forget_hidden(server).await?;
+    }
     // But its name, which no login is told by a server.
     let unset = Settings::default().renamed_as(&server.settings);
     let script = server.settings.script_to(&unset);
@@ -132,6 +138,91 @@ pub(crate) async fn command(
     server.unnamed = None;
     server.stream.flush().await?;
     to_ready(server).await
+}
+
+/// What a session may hold that statements do not tell. `$1`: the settings that are known to be set; `$2`: the user, if nobody
+/// has set a role; `$3`: settings are asked for, which takes ten times as long as all else. Settings that no library has defined (`my.own`) are in no view.
+const PROBE: &str = "\
+    select 'role' where current_user <> session_user and $2 <> '' or session_user <> $2 and $2 <> '' \
+    union all select 'temp' where pg_catalog.pg_my_temp_schema() <> 0 and exists (select from pg_catalog.pg_depend \
+        where refclassid = 'pg_catalog.pg_namespace'::pg_catalog.regclass and refobjid = pg_catalog.pg_my_temp_schema()) \
+    union all select 'cursor' from pg_catalog.pg_cursor() c where c.name <> '' \
+    union all select 'statement' from pg_catalog.pg_prepared_statement() p where p.from_sql \
+    union all select 'lock' from pg_catalog.pg_lock_status() l where l.locktype = 'advisory' and l.pid = pg_catalog.pg_backend_pid() \
+    union all select 'setting' from pg_catalog.pg_show_all_settings() s \
+        where $3 and s.source = 'session' and pg_catalog.lower(s.name) <> all ($1) \
+    union all select 'channel ' || c from pg_catalog.pg_listening_channels() c";
+const PROBE_NAME: &[u8] = b"flowgate_probe";
+/// text[], text, bool.
+const PROBE_TYPES: &[u8] = &[0, 3, 0, 0, 3, 241, 0, 0, 0, 25, 0, 0, 0, 16];
+
+/// What code that nobody has seen left on the server.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Only this server has it.
+    pub(crate) state: bool,
+    pub(crate) temp: bool,
+    pub(crate) setting: bool,
+    pub(crate) channels: Vec<String>,
+}
+
+/// Asks a server, outside a transaction, what it holds beyond `server.settings`.
+pub(crate) async fn probe(server: &mut ServerConn, settings: bool) -> Result<Found, ResetError> {
+    let mut names = String::from("{");
+    for name in server.settings.names() {
+        let separator = if names.len() == 1 { "" } else { "," };
+        let name = name.replace('\\', "\\\\").replace('"', "\\\"");
+        names.push_str(&format!("{separator}\"{name}\""));
+    }
+    names.push('}');
+    let user = if server.settings.keeps_roles() {
+        server.opening.user.as_str()
+    } else {
+        ""
+    };
+    let out = &mut server.stream.output;
+    if !server.probes {
+        put_statement_target(out, b'C', PROBE_NAME);
+        put_parse(out, PROBE_NAME, PROBE.as_bytes(), PROBE_TYPES);
+    }
+    put_frame(out, b'B', |out| {
+        put_cstr(out, b"");
+        put_cstr(out, PROBE_NAME);
+        out.extend_from_slice(&[0, 0, 0, 3]);
+        for value in [names.as_str(), user, if settings { "t" } else { "f" }] {
+            let length = u32::try_from(value.len()).unwrap_or(0);
+            out.extend_from_slice(&length.to_be_bytes());
+            out.extend_from_slice(value.as_bytes());
+        }
+        out.extend_from_slice(&[0, 0]);
+    });
+    put_frame(out, b'E', |out| out.extend_from_slice(&[0; 5]));
+    put_empty(out, b'S');
+    server.probes = false;
+    server.in_flight = true;
+    server.stream.flush().await?;
+    let rows = to_ready(server).await?;
+    server.probes = true;
+    let mut found = Found::default();
+    for row in rows {
+        match row.strip_prefix("channel ") {
+            Some(channel) => found.channels.push(channel.to_owned()),
+            None => {
+                found.state = true;
+                found.temp |= row == "temp";
+                found.setting |= row == "setting";
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Undoes what settings code that nobody has seen may have made, and all others.
+pub(crate) async fn forget_hidden(server: &mut ServerConn) -> Result<(), ResetError> {
+    command(server, "RESET SESSION AUTHORIZATION;RESET ROLE;RESET ALL").await?;
+    server.hidden = false;
+    forget_settings_but(server, &Settings::default());
+    Ok(())
 }
 
 async fn to_ready(server: &mut ServerConn) -> Result<Vec<String>, ResetError> {

@@ -148,6 +148,10 @@ pub(crate) struct ServerConn {
     pub(crate) last_client: u64,
     /// More than one client may have drawn from sequences here.
     pub(crate) mixed_draws: bool,
+    /// It has our question about what is left behind, prepared.
+    pub(crate) probes: bool,
+    /// Code that nobody has seen may have changed its settings.
+    pub(crate) hidden: bool,
     /// Our books and the server's differ: not to be used again.
     pub(crate) unfit: bool,
     pub(crate) opened_at: Instant,

@@ -198,6 +198,8 @@ impl Connector {
             unnamed: None,
             last_client: 0,
             mixed_draws: false,
+            probes: false,
+            hidden: false,
             unfit: false,
             opened_at: now,
             idle_since: now,

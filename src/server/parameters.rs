@@ -1,6 +1,7 @@
 //! What a Postgres session reports of itself (ParameterStatus) and what it was opened with (startup parameters).
 //! Pure. A client's view and a server's are both `Reported`; shared by reference, so equal ones compare by pointer.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 /// Values of the settings Postgres reports, in the order it first reported them.
@@ -45,8 +46,23 @@ impl Reported {
             .filter(move |(name, value)| !same && self.find(name) != Some(value))
     }
 
-    pub(crate) fn same_as(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.values, &other.values)
+    /// Whether both hold the same; from then on they are the same.
+    pub(crate) fn merge(&mut self, other: &mut Self) -> bool {
+        let equal = self == other;
+        if equal {
+            share(&mut self.values, &mut other.values);
+        }
+        equal
+    }
+}
+
+/// Of two equal values one goes. It is always the one at the higher address: wherever equals meet, in pairs and in whatever
+/// order, they end as one, and after that are told equal by their address.
+pub(crate) fn share<T>(one: &mut Arc<T>, other: &mut Arc<T>) {
+    match Arc::as_ptr(one).cmp(&Arc::as_ptr(other)) {
+        Ordering::Less => other.clone_from(one),
+        Ordering::Equal => {}
+        Ordering::Greater => one.clone_from(other),
     }
 }
 
@@ -77,5 +93,20 @@ mod tests {
             [("TimeZone", "Asia/Tokyo")]
         );
         assert_eq!(client.find("TimeZone"), Some("UTC"));
+    }
+
+    #[test]
+    fn equals_end_as_one_however_they_meet() {
+        let zone = |value: &str| {
+            let mut reported = Reported::default();
+            reported.set("TimeZone", value);
+            reported
+        };
+        let (mut a, mut b, mut c) = (zone("UTC"), zone("UTC"), zone("UTC"));
+        assert!(a.merge(&mut b) && b.merge(&mut c) && c.merge(&mut a) && a.merge(&mut b));
+        assert!(Arc::ptr_eq(&a.values, &b.values) && Arc::ptr_eq(&b.values, &c.values));
+        let mut other = zone("Asia/Tokyo");
+        assert!(!a.merge(&mut other));
+        assert_eq!(other.find("TimeZone"), Some("Asia/Tokyo"));
     }
 }

@@ -27,6 +27,15 @@ impl Settings {
         }
     }
 
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.values.keys().map(String::as_str)
+    }
+
+    /// The roles are those of the login.
+    pub(crate) fn keeps_roles(&self) -> bool {
+        !self.has(AUTHORIZATION) && !self.has(ROLE)
+    }
+
     pub(crate) fn has(&self, name: &str) -> bool {
         self.values.contains_key(name)
     }

@@ -133,6 +133,13 @@ impl Stream {
         }
     }
 
+    /// What was needed to log in is not needed any more.
+    pub(crate) fn rest(&mut self) {
+        if self.output.is_empty() {
+            self.output = Vec::new();
+        }
+    }
+
     pub(crate) fn into_transport(self) -> Transport {
         self.transport
     }

@@ -1,10 +1,13 @@
 //! The days: each starts a proxy of its own before a database of its own, with ten servers, and lets one client work.
 //! Called by `main`.
 
+use std::env;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::Stdio;
 use std::time::Duration;
 
+use flowgate::config::{self, ApiKey, Secret};
 use tokio::process::Command;
 use tokio::time::timeout;
 
@@ -26,6 +29,10 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
     ("pgflow_sql_client_directly_and_through", || {
         Box::pin(pgflow_client())
     }),
+    ("dashboard_in_a_browser", || Box::pin(dashboard())),
+    ("pgflow_client_over_supabase_js", || {
+        Box::pin(pgflow_realtime_client())
+    }),
     ("console_python", || Box::pin(python("console_day.py"))),
     ("console_node", || Box::pin(node("console_day.cjs"))),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
@@ -46,7 +53,7 @@ async fn python(script: &str) -> Outcome {
 }
 
 async fn node(script: &str) -> Outcome {
-    let packages = match fetch::node().await {
+    let packages = match fetch::node("node").await {
         Ok(packages) => packages,
         Err(reason) => return Outcome::Skipped(reason),
     };
@@ -58,7 +65,7 @@ async fn node(script: &str) -> Outcome {
 }
 
 async fn pgflow_client() -> Outcome {
-    let packages = match fetch::node().await {
+    let packages = match fetch::node("node").await {
         Ok(packages) => packages,
         Err(reason) => return Outcome::Skipped(reason),
     };
@@ -74,6 +81,76 @@ async fn pgflow_client() -> Outcome {
         );
     let outcome = said_done(command).await;
     proxy.shut_down().await;
+    outcome
+}
+
+/// Starts and kills Flowgates of its own.
+async fn pgflow_realtime_client() -> Outcome {
+    let packages = match fetch::node("node").await {
+        Ok(packages) => packages,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let db = pg::fresh_database().await;
+    let mut command = Command::new("node");
+    command
+        .arg(fetch::source("node").join("realtime_day.cjs"))
+        .env("NODE_PATH", packages)
+        .env("FLOWGATE_BIN", env!("CARGO_BIN_EXE_flowgate"))
+        .env("FLOWGATE_PRIMARY", &db.primary_url);
+    said_done(command).await
+}
+
+/// Two proxies before one database: one that shows strangers everything, one that asks for a key.
+async fn dashboard() -> Outcome {
+    let found = async {
+        let browser = fetch::browser().await?;
+        Ok((browser, fetch::node("browser").await?))
+    };
+    let (browser, packages) = match found.await {
+        Ok(found) => found,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let db = pg::fresh_database().await;
+    let viewer = "do $$ begin create role dashboard_viewer; exception when duplicate_object then null; end $$;
+         grant usage on schema pgflow to dashboard_viewer; grant select on all tables in schema pgflow to dashboard_viewer;
+         grant execute on function pgflow.get_run_with_states(uuid) to dashboard_viewer";
+    db.connect().await.batch_execute(viewer).await.unwrap();
+    let role = "dashboard_viewer".to_owned();
+    let serve = async |http: &dyn Fn(&mut config::Http)| {
+        Proxy::start(&db, |config| {
+            config.pool.size = SERVERS.try_into().unwrap();
+            config.listen.http = Some(([127, 0, 0, 1], 0).into());
+            http(&mut config.http);
+        })
+        .await
+    };
+    let open = serve(&|http| http.anon_role = Some(role.clone())).await;
+    let locked = serve(&|http| {
+        http.api_keys = vec![ApiKey {
+            key: Secret::new("open sesame".to_owned()),
+            role: role.clone(),
+        }];
+    })
+    .await;
+    // Those in docs/ are made anew when asked for, as other snapshots are.
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let pictures = match env::var_os("UPDATE_SNAPSHOTS") {
+        Some(_asked) => manifest.join("docs"),
+        None => PathBuf::from(env!("CARGO_TARGET_TMPDIR")),
+    };
+    let http = |proxy: &Proxy| format!("http://{}", proxy.app().http.unwrap());
+    let mut command = Command::new("node");
+    command
+        .arg(fetch::source("browser/dashboard_day.cjs"))
+        .env("NODE_PATH", packages)
+        .env("FLOWGATE_BROWSER", browser)
+        .env("FLOWGATE_SCREENSHOTS", pictures)
+        .env("FLOWGATE_URL", open.url())
+        .env("FLOWGATE_HTTP", http(&open))
+        .env("FLOWGATE_LOCKED_HTTP", http(&locked));
+    let outcome = said_done(command).await;
+    open.shut_down().await;
+    locked.shut_down().await;
     outcome
 }
 

@@ -53,19 +53,16 @@ pub(crate) async fn python() -> Found<PathBuf> {
     .await
 }
 
-/// The folder with the Node drivers, for NODE_PATH.
-pub(crate) async fn node() -> Found<PathBuf> {
+/// The folder with the Node packages listed in `tests/drivers/<kind>/`, for NODE_PATH.
+pub(crate) async fn node(kind: &str) -> Found<PathBuf> {
     let version = answer("node", &["--version"]).await?;
     let major = version
         .trim_start_matches('v')
         .split('.')
         .next()
         .unwrap_or_default();
-    let lists = [
-        source("node/package.json"),
-        source("node/package-lock.json"),
-    ];
-    let name = format!("node-{major}-{:016x}", digest(&[&lists[0], &lists[1]]));
+    let lists = ["package.json", "package-lock.json"].map(|list| source(kind).join(list));
+    let name = format!("{kind}-{major}-{:016x}", digest(&[&lists[0], &lists[1]]));
     let folder = once(&name, async |folder| {
         answer("npm", &["--version"]).await?;
         for list in &lists {
@@ -80,6 +77,27 @@ pub(crate) async fn node() -> Found<PathBuf> {
     })
     .await?;
     Ok(folder.join("node_modules"))
+}
+
+/// A browser that can be driven without a screen.
+pub(crate) async fn browser() -> Found<PathBuf> {
+    let said = env::var_os("FLOWGATE_BROWSER").map(PathBuf::from);
+    let folders: Vec<_> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
+    let known = [
+        "chromium",
+        "chromium-browser",
+        "google-chrome",
+        "google-chrome-stable",
+    ];
+    let found = known
+        .iter()
+        .flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
+    for candidate in said.into_iter().chain(found) {
+        if candidate.is_file() && answer(&candidate, &["--version"]).await.is_ok() {
+            return Ok(candidate);
+        }
+    }
+    Err("there is no Chromium on this machine".to_owned())
 }
 
 /// One of Postgres's own clients: on PATH, or where the server's programs are, newest first.

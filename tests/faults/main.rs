@@ -7,6 +7,7 @@
 )]
 
 mod bank;
+mod followers;
 mod handover;
 mod maintenance;
 mod pools;

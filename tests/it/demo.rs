@@ -14,6 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::support::http;
 use crate::support::wait::wait_until;
 
 /// The whole demo takes about two seconds, on a busy machine some more.
@@ -234,6 +235,7 @@ async fn a_demo_stays_up_until_told_and_what_it_keeps_is_there_again() {
             .await
             .unwrap();
         assert_eq!(runs.get::<_, i64>(0), attempt);
+        shows_a_stranger_the_runs_and_no_more(&output, attempt).await;
         demo.signal(Signal::INT);
         assert!(demo.ended().await.success());
         let results = fs::read_dir(Path::new(data).join("results")).unwrap();
@@ -247,6 +249,25 @@ async fn a_demo_stays_up_until_told_and_what_it_keeps_is_there_again() {
         assert_eq!(i64::try_from(results.len()), Ok(attempt));
         assert!(results.iter().all(|result| result["words"] == 9));
     }
+}
+
+/// The dashboard works without a key; nothing can be started by one who has none.
+async fn shows_a_stranger_the_runs_and_no_more(output: &str, runs: i64) {
+    let http = output
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("http     http://"))
+        .unwrap_or_else(|| panic!("no address in\n{output}"));
+    let address = http.trim_end_matches('/').parse().unwrap();
+    let page = http::get(address, "/", &[]).await;
+    assert!(page.status == 200 && page.body.contains("<title>Flowgate</title>"));
+    let listed = http::get(address, "/runs", &[]).await.json();
+    let listed = listed["runs"].as_array().unwrap().len();
+    assert_eq!(i64::try_from(listed), Ok(runs));
+    let start = r#"{"flow_slug": "count_words_of_a_folder", "input": {}}"#;
+    let path = "/rest/v1/rpc/start_flow_with_states";
+    let headers = ["content-type: application/json", "content-profile: pgflow"];
+    let refused = http::ask(address, "POST", path, &headers, start).await;
+    assert_eq!(refused.status, 401, "{}", refused.body);
 }
 
 #[tokio::test]

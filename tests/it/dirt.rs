@@ -340,57 +340,132 @@ impl Visitor {
     }
 }
 
+/// What only a server can hold, and settings that every session has.
 const HIDDEN: &[&str] = &["lock", "set", "listen", "temp", "cursor", "prepare", "role"];
+/// What no view shows is kept from others, and lost to its maker when the server changes hands.
+const UNSEEN: &str = "custom";
 
-/// FIXME: what is done out of our sight, in the body of a function, the next client finds, on the only server there is.
+const HIDING: &str = "
+    create function hidden_lock() returns void language sql as 'select pg_advisory_lock(77)';
+    create function hidden_set() returns void language plpgsql as $$ begin set work_mem = '77MB'; end $$;
+    create function hidden_listen() returns void language plpgsql as $$ begin listen hidden; end $$;
+    create function hidden_temp() returns void language plpgsql as $$ begin create temp table hidden (n int); end $$;
+    create function hidden_cursor() returns void language plpgsql as $$ begin execute 'declare hidden cursor with hold for select 1'; end $$;
+    create function hidden_prepare() returns void language plpgsql as $$ begin execute 'prepare hidden as select 1'; end $$;
+    create function hidden_role() returns void language plpgsql as $$ begin set role pg_monitor; end $$;
+    create function hidden_custom() returns void language plpgsql as $$ begin perform set_config('my.dirt', 'hidden', false); end $$";
+
+/// Rows of a session that are not in the virgin's. Whoever used plpgsql has loaded it.
+fn news<'a>(found: &'a [String], wanted: &[String]) -> Vec<&'a String> {
+    let is_new = |row: &&String| !wanted.contains(row) && !row.starts_with("plpgsql.");
+    found.iter().filter(is_new).collect()
+}
+
 #[tokio::test]
-async fn what_a_body_does_is_out_of_sight() {
+async fn what_a_body_does_is_its_clients_alone_and_stays_with_it() {
     let db = fresh_database().await;
     let direct = db.connect().await;
-    direct
-        .batch_execute(
-            "create function hidden_lock() returns void language sql as 'select pg_advisory_lock(77)';
-             create function hidden_set() returns void language plpgsql as $$ begin set work_mem = '77MB'; end $$;
-             create function hidden_listen() returns void language plpgsql as $$ begin listen hidden; end $$;
-             create function hidden_temp() returns void language plpgsql as $$ begin create temp table hidden (n int); end $$;
-             create function hidden_cursor() returns void language plpgsql as $$ begin execute 'declare hidden cursor with hold for select 1'; end $$;
-             create function hidden_prepare() returns void language plpgsql as $$ begin execute 'prepare hidden as select 1'; end $$;
-             create function hidden_role() returns void language plpgsql as $$ begin set role pg_monitor; end $$",
-        )
-        .await
-        .unwrap();
-    let mut leaks = Vec::new();
-    for &hidden in HIDDEN {
+    direct.batch_execute(HIDING).await.unwrap();
+    let mut fresh = Raw::login_url(&db.primary_url, &[]).await;
+    let (_, wanted) = session(&mut fresh).await;
+    for hidden in HIDDEN.iter().copied().chain([UNSEEN]) {
         for how in [
             "select hidden_@()",
             "do $$ begin perform hidden_@(); end $$",
+            "begin; select 1; select public.hidden_@(); commit",
         ] {
-            let proxy = Proxy::with_pool(&db, 1).await;
-            let mut virgin = proxy.raw().await;
-            let (pid, wanted) = session(&mut virgin).await;
-            drop(virgin);
-            let mut one = proxy.raw().await;
             let how = how.replace('@', hidden);
+            let proxy = Proxy::with_pool(&db, 2).await;
+            let mut one = proxy.raw().await;
             let said = one.query(&how).await;
             assert!(
                 said.ends_with("Z I") && !said.starts_with('E'),
                 "{how}: {said}"
             );
+            // Others have the other server, or this one.
+            let mut two = proxy.raw().await;
+            let mut three = proxy.raw().await;
+            for _ in 0..3 {
+                for other in [&mut two, &mut three] {
+                    let (_, found) = session(other).await;
+                    assert!(
+                        news(&found, &wanted).is_empty(),
+                        "{how}: {:?}",
+                        news(&found, &wanted)
+                    );
+                }
+                let (_, found) = session(&mut one).await;
+                let kept = news(&found, &wanted);
+                assert!(
+                    hidden == UNSEEN || !kept.is_empty(),
+                    "{how}: lost to its maker"
+                );
+            }
             one.send(&terminate()).await;
             one.until_end().await;
-            let mut two = proxy.raw().await;
-            let (next, found) = session(&mut two).await;
-            // Whoever used plpgsql has loaded it.
-            let is_new = |row: &&String| !wanted.contains(row) && !row.starts_with("plpgsql.");
-            let new: Vec<_> = found.iter().filter(is_new).collect();
-            println!("{how}: {pid}, then {next}: {new:?}");
-            if !new.is_empty() {
-                leaks.push(hidden);
+            // Both servers.
+            two.query("begin").await;
+            for other in [&mut three, &mut two] {
+                let (_, found) = session(other).await;
+                let mut new = news(&found, &wanted);
+                new.retain(|row| !row.starts_with("transaction: "));
+                assert!(new.is_empty(), "{how}: {new:?}");
             }
             proxy.shut_down().await;
         }
     }
-    // To be none of them.
-    let known = HIDDEN.iter().flat_map(|&hidden| [hidden; 2]);
-    assert_eq!(leaks, known.collect::<Vec<_>>());
+}
+
+/// The question is for what is not known: nothing of Postgres' or pgflow's own.
+#[tokio::test]
+async fn only_what_is_not_known_is_asked_about() {
+    let db = fresh_database().await;
+    let direct = db.connect().await;
+    direct
+        .batch_execute("create table looked_at (n int); create function mine() returns int language sql as 'select 1'")
+        .await
+        .unwrap();
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut raw = proxy.raw().await;
+    let asked = || proxy.metric("flowgate_probes_total");
+    for known in [
+        "select count(*), lower('A'), now() from looked_at as l (n) where n in (1, 2)",
+        "insert into looked_at (n) values (1), (coalesce(2, 3))",
+        "insert into public.\"looked_at\" (\"n\") select n from looked_at",
+        "select pgmq.create('q')",
+        "select pgflow.create_flow('f', 1, 1, 1)",
+        "create table other (n numeric(10, 2) default (abs(1)))",
+        "with x (a) as (select 1), y as (select 2) select * from x, y",
+    ] {
+        let said = raw.query(known).await;
+        assert!(!said.starts_with('E'), "{known}: {said}");
+        assert_eq!(asked(), 0, "{known}");
+    }
+    for (unknown, times) in [
+        ("select mine()", 1),
+        ("select public.mine()", 2),
+        ("select \"mine\"() from looked_at", 3),
+        ("begin; select mine(); select mine(); commit", 4),
+        ("do $$ begin end $$", 5),
+        ("insert into looked_at (n) values (mine())", 6),
+    ] {
+        let said = raw.query(unknown).await;
+        assert!(!said.starts_with('E'), "{unknown}: {said}");
+        raw.query("select 1").await;
+        assert_eq!(asked(), times, "{unknown}");
+    }
+    let bytes = [
+        parse("", "select mine()"),
+        bind_text("", "", &[]),
+        execute("", 0),
+        sync(),
+    ];
+    raw.ask(&bytes.concat()).await;
+    raw.query("select 1").await;
+    assert_eq!(asked(), 7);
+    assert_eq!(
+        proxy.metric("flowgate_pins_total{reason=\"function_body\"}"),
+        0
+    );
+    proxy.shut_down().await;
 }

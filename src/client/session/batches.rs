@@ -4,7 +4,7 @@
 use std::io;
 
 use super::{PRIMARY, Session, Source, body_so_far, whole_length};
-use crate::classify::Analysis;
+use crate::classify::{Analysis, Effect};
 use crate::client::error::SessionError;
 use crate::client::prepared::{Asking, Translated};
 use crate::client::reply;
@@ -227,6 +227,7 @@ impl Session {
                 self.exchange.phase = Phase::Closed;
             }
             Unit::FunctionCall(header) => {
+                self.request.effects.push(Effect::Opaque(0));
                 self.exchange.upload = header.whole;
                 self.exchange.phase = Phase::Closed;
             }

@@ -3,9 +3,11 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `tally` what it all amounts to.
+//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too · `servers` the one in hand ·
+//! `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
 
 mod batches;
+mod outside;
 mod parking;
 mod replica;
 mod servers;
@@ -22,6 +24,7 @@ use batches::Remainder;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::outside::Outside;
 use self::tally::Tally;
 use super::error::{SessionError, no_server};
 use super::live::{Live, Running, Standing};
@@ -35,11 +38,13 @@ use super::survey::Survey;
 use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, Feeds, RunRef};
 use crate::events::Subscriber;
+use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{Exchange, Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView};
 use crate::server::parameters::{Opening, Reported};
+use crate::server::settings::Settings;
 use crate::upstream;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
@@ -96,6 +101,9 @@ pub(super) struct Session {
     /// This client's pools, by upstream, as it came to need them.
     pools: Vec<Option<Member>>,
     lease: Option<Checkout>,
+    /// When a wait for a server has lasted too long, and when the client is told of it.
+    deadline: Alarm,
+    notice: Alarm,
     /// The replica that the lease is, or last was, one of; `None`: the primary's.
     replica: Option<usize>,
 }
@@ -109,6 +117,8 @@ pub(super) struct LoggedIn {
     pub(super) application_name: String,
     pub(super) key: CancelKey,
     pub(super) reported: Reported,
+    /// It begins with these.
+    pub(super) settings: Arc<Settings>,
     pub(super) session_mode: bool,
 }
 
@@ -170,7 +180,8 @@ impl Source {
 }
 
 impl Session {
-    pub(super) fn new(login: LoggedIn, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(mut login: LoggedIn, shared: Arc<Shared>) -> Self {
+        login.client.rest();
         let mut standing = shared.standing.clone();
         let Standing { running, live } = standing.borrow_and_update().clone();
         let home = shared.pools.pool(&login.opening, upstream::PRIMARY);
@@ -196,7 +207,7 @@ impl Session {
             opening: login.opening,
             key: login.key,
             reported: login.reported,
-            state: State::new(&login.application_name, login.session_mode),
+            state: State::new(login.settings, login.session_mode),
             application_name: login.application_name,
             prepared: Prepared::new(login.id),
             subscriber: None,
@@ -212,12 +223,23 @@ impl Session {
             kept: Vec::new(),
             skip_to_sync: false,
             lease: None,
+            deadline: Alarm::default(),
+            notice: Alarm::default(),
             replica: None,
         }
     }
 
-    /// Serves requests until the client says goodbye.
+    /// Serves requests until the client says goodbye, or is told to go.
     pub(super) async fn run(&mut self) -> Result<(), SessionError> {
+        let outside = Outside::new(self.entry(), &self.standing);
+        tokio::select! {
+            biased;
+            ended = self.serve() => ended,
+            error = outside.ends() => Err(error),
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), SessionError> {
         loop {
             match self.next_unit().await? {
                 Unit::Terminate => return Ok(()),
@@ -282,8 +304,9 @@ impl Session {
         self.transaction.note_feeds(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
-            Plan::Read(run) => self.share_query(header, &analysis, run).await,
-            Plan::Park => self.park_query(header, &analysis).await,
+            Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
+            // Boxed, or every idle client would keep room for it.
+            Plan::Park => Box::pin(self.park_query(header, &analysis)).await,
             Plan::Primary | Plan::Held => {
                 self.run_query(Source::Input, header.whole, &analysis).await
             }
@@ -352,7 +375,7 @@ impl Session {
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
-        self.run_query(Source::Input, header.whole, &Analysis::other())
+        self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
 
@@ -375,9 +398,9 @@ impl Session {
                 return self.subscribe_extended(len, &change).await;
             }
             Plan::Read(run) if self.still_reads(end) => {
-                return self.share_batch(len, end, run).await;
+                return Box::pin(self.share_batch(len, end, run)).await;
             }
-            Plan::Park => return self.park_batch(len, end).await,
+            Plan::Park => return Box::pin(self.park_batch(len, end)).await,
             Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
         }
         self.run_extended(Source::Input, len, end).await
@@ -487,6 +510,7 @@ impl Session {
         {
             self.prepared.forget_all();
             lease.statements.clear();
+            lease.probes = false;
         }
         if consequences.discarded_all {
             self.prepared.forget_unnamed();
@@ -520,14 +544,18 @@ impl Session {
             }
         }
         if consequences.subscriptions {
-            self.adopt_subscriptions(ending.failed || ending.rolled_back)
-                .await?;
+            Box::pin(self.adopt_subscriptions(ending.failed || ending.rolled_back)).await?;
         }
         self.state.forget_transaction();
         self.take_back_subscriptions().await?;
+        if let Some(code) = self.state.take_opaque()
+            && self.replica.is_none()
+        {
+            self.look_behind(code).await?;
+        }
         self.close_books();
         if self.state.pins.is_empty() || self.replica.is_some() {
-            self.check_in().await;
+            self.check_in(now).await;
         }
         Ok(())
     }

@@ -514,7 +514,7 @@ impl Session {
                 debug!(queue = poll.name.queue, why, "cannot look at a queue");
                 counters.probes_failed.inc();
                 self.mark_server(&[]);
-                self.check_in().await;
+                self.check_in(Instant::now()).await;
                 return Ok(if cancelled {
                     Looked::Cancelled
                 } else {
@@ -532,7 +532,7 @@ impl Session {
             }
         };
         self.mark_server(&[]);
-        self.check_in().await;
+        self.check_in(Instant::now()).await;
         Ok(match looked {
             _ if cancelled => Looked::Cancelled,
             Some(sight) => Looked::Seen(sight),
@@ -584,7 +584,7 @@ impl Session {
         if let Some(answer) = nothing.filter(|_| !failed) {
             self.mark_server(&[]);
             self.close_books();
-            self.check_in().await;
+            self.check_in(Instant::now()).await;
             return Ok(Read::Nothing(answer));
         }
         if self.exchange.confirmed > 0 {
@@ -689,7 +689,7 @@ impl Session {
             return None;
         }
         self.mark_server(&[]);
-        self.check_in().await;
+        self.check_in(Instant::now()).await;
         Some(said)
     }
 }

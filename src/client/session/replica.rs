@@ -97,7 +97,8 @@ impl Session {
     ) -> Result<(), SessionError> {
         self.keep(len);
         if !self.hold_replica(upstream).await {
-            return self.run_extended(Source::Kept, self.kept.len(), end).await;
+            let len = self.kept.len();
+            return Box::pin(self.run_extended(Source::Kept, len, end)).await;
         }
         let mut next_part = true;
         self.begin_extended();
@@ -118,8 +119,9 @@ impl Session {
                     // What was held back has been thrown away, its confirmations too.
                     self.prepared.settle(confirmed, None);
                     self.leave_refusing_replica().await;
-                    self.take_survey(Source::Kept, self.kept.len(), end);
-                    return self.run_extended(Source::Kept, self.kept.len(), end).await;
+                    let len = self.kept.len();
+                    self.take_survey(Source::Kept, len, end);
+                    return Box::pin(self.run_extended(Source::Kept, len, end)).await;
                 }
                 Pause::Misnamed => return Err(SessionError::Relay(RelayError::ServerMalformed)),
                 Pause::ClientSpeaks if self.request.remainder.is_some() => self.put_more().await?,
@@ -131,11 +133,11 @@ impl Session {
                     let Unit::Batch { len, end: next } =
                         self.grouping.next_open(self.client.input.bytes())?
                     else {
-                        return self.move_to_primary(0, BatchEnd::Flush).await;
+                        return Box::pin(self.move_to_primary(0, BatchEnd::Flush)).await;
                     };
                     self.take_survey(Source::Input, len, next);
                     if !self.still_reads(next) {
-                        return self.move_to_primary(len, next).await;
+                        return Box::pin(self.move_to_primary(len, next)).await;
                     }
                     self.keep(len);
                     end = next;
@@ -174,7 +176,7 @@ impl Session {
             if matches!(settled, Ok(Ok(())))
                 && let Some(clean) = reset::prove(&lease)
             {
-                lease.check_in(clean, Some(self.id));
+                lease.check_in(clean, Some(self.id), Instant::now());
             }
         }
         self.run_extended(Source::Input, len, end).await
@@ -197,7 +199,7 @@ impl Session {
         self.shared.counters.replica_refused.inc();
         self.exchange.error = None;
         self.close_books();
-        self.check_in().await;
+        self.check_in(Instant::now()).await;
     }
 
     async fn finish_on_replica(

@@ -1,19 +1,22 @@
 //! The server in a session's hand: how it comes, is made to fit the session and the request, carries it, and goes back.
 //! Never reads what the client says, nor decides which upstream it is to be. Called by its siblings.
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::time::{Duration, Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 use tracing::debug;
 
 use super::{PARTING_MAX, PRIMARY, Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::{SessionError, still_waiting};
+use crate::client::state::PinReason;
 use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{self, Pause, RelayError};
+use crate::server::parameters::share;
 use crate::wire::frame::FrameError;
 use crate::wire::messages::{TxStatus, put_frame, put_parameter_status};
 
@@ -21,8 +24,9 @@ impl Session {
     /// Makes sure that the session holds a server: the one it has, or one of the upstream's pool with this session's
     /// settings.
     pub(super) async fn hold(&mut self, upstream: usize) -> Result<(), CheckoutError> {
+        let began = Instant::now();
         if let Some(lease) = &self.lease {
-            let (now, opens) = (Instant::now(), lease.tx == TxStatus::Idle);
+            let (now, opens) = (began, lease.tx == TxStatus::Idle);
             lease.record.note_request(now);
             self.entry().note_request(now);
             self.tally.begin(now, opens);
@@ -34,27 +38,26 @@ impl Session {
         let Some(pool) = self.pool(upstream) else {
             return Err(CheckoutError::Gone);
         };
-        let taken = pool.take_now(Wish {
+        let wish = Wish {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
-        });
-        let (mut lease, waited) = match taken {
-            Some(lease) => (lease, Duration::ZERO),
+        };
+        let (mut lease, now) = match pool.take_now(wish, began) {
+            Some(lease) => (lease, began),
             None => {
-                let began = Instant::now();
                 self.entry().note_request(began);
                 self.entry().note_waiting(Some(began));
-                let lease = self.wait_for_server(&pool, upstream).await;
+                // Boxed, or every idle client would keep room for a wait; who waits has an allocation to pay anyway.
+                let lease = Box::pin(self.wait_for_server(&pool, upstream, began)).await;
                 self.entry().note_waiting(None);
-                (lease?, began.elapsed())
+                (lease?, Instant::now())
             }
         };
-        let now = Instant::now();
         lease.record.note_request(now);
         self.entry().note_request(now);
         self.entry().note_server(lease.record.id);
-        self.tally.lent(waited);
+        self.tally.lent(now - began);
         self.tally.begin(now, true);
         // From here on a cancel goes to this server.
         self.key.slot.hold(&lease.key);
@@ -64,7 +67,7 @@ impl Session {
             return Err(CheckoutError::Settings(error));
         }
         // A replica reports that it is one; the client talks to the primary, as far as it knows.
-        if upstream == PRIMARY && !self.reported.same_as(&lease.reported) {
+        if upstream == PRIMARY && !self.reported.merge(&mut lease.reported) {
             for (name, value) in self.reported.changes_to(&lease.reported) {
                 put_parameter_status(&mut self.client.output, name, value);
             }
@@ -81,6 +84,7 @@ impl Session {
         &mut self,
         pool: &Arc<Pool>,
         upstream: usize,
+        began: Instant,
     ) -> Result<Checkout, CheckoutError> {
         let within = (upstream != PRIMARY).then_some(self.live.replica_wait());
         let wish = Wish {
@@ -88,20 +92,21 @@ impl Session {
             opening: &self.opening,
             application_name: &self.application_name,
         };
-        let began = Instant::now();
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
         let patience = self.live.config.pool.notice_after;
-        let mut notice = patience.filter(|_| !self.exchange.is_mid_message());
+        let mut notice = patience
+            .filter(|_| !self.exchange.is_mid_message())
+            .map(|patience| began + patience);
         // A client that does not read its notice is not waited for.
         let mut telling = false;
         let wait = self.key.slot.wait();
-        let mut checkout = pin!(pool.checkout(wish, within));
+        let mut checkout = pin!(pool.checkout(wish, within, began, &mut self.deadline));
         loop {
             tokio::select! {
                 biased;
                 lease = &mut checkout => return lease,
                 () = wait.cancelled() => return Err(CheckoutError::Cancelled),
-                () = sleep_until(began + notice.unwrap_or_default()), if notice.is_some() => {
+                () = poll_fn(|cx| self.notice.poll_until(cx, notice.unwrap_or(began))), if notice.is_some() => {
                     still_waiting(began.elapsed(), pool.counts()).put(&mut self.client.output);
                     notice = None;
                     telling = true;
@@ -125,13 +130,18 @@ impl Session {
 
     /// Gives a server this session's settings; what others drew from its sequences is forgotten where anybody asks.
     async fn fit(&mut self, lease: &mut Checkout) -> Result<(), ResetError> {
+        if lease.hidden && lease.last_client != self.id {
+            reset::forget_hidden(lease).await?;
+        }
         if !Arc::ptr_eq(&lease.settings, &self.state.settings) {
-            let script = lease.settings.script_to(&self.state.settings);
-            // Before the request and not with it: were one of these to fail, the request must not run.
-            if !script.is_empty() {
-                reset::command(lease, &script).await?;
+            if lease.settings == self.state.settings {
+                share(&mut lease.settings, &mut self.state.settings);
+            } else {
+                let script = lease.settings.script_to(&self.state.settings);
+                // Before the request and not with it: were one of these to fail, the request must not run.
+                Box::pin(reset::command(lease, &script)).await?;
+                lease.settings = Arc::clone(&self.state.settings);
             }
-            lease.settings = Arc::clone(&self.state.settings);
         }
         if lease.last_client != 0 && lease.last_client != self.id {
             lease.mixed_draws = true;
@@ -203,6 +213,38 @@ impl Session {
         lease.last_client = self.id;
     }
 
+    /// A transaction has run code that is not in its text. The client has its answer; before anybody else may have the server,
+    /// it is asked what it was left with. What it alone can hold ties the client to it.
+    pub(super) async fn look_behind(&mut self, code: u32) -> Result<(), SessionError> {
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(());
+        };
+        self.shared.counters.probes.inc();
+        lease.hidden = true;
+        let settings = self.shared.habits.asks(code);
+        let found = match reset::probe(lease, settings).await {
+            Ok(found) => found,
+            // The client has lost nothing that it knows of; nobody else shall find out.
+            Err(error) => {
+                debug!(pid = lease.key.pid, %error, "server would not say what it was left with");
+                lease.unfit = true;
+                return Ok(());
+            }
+        };
+        // DISCARD ALL keeps the temporary namespace.
+        lease.unfit |= found.temp;
+        if found.setting {
+            self.shared.habits.sets(code);
+        }
+        if found.state {
+            let before = self.state.pins;
+            self.state.pins.insert(PinReason::FunctionBody);
+            self.shared.counters.count_pins(before, self.state.pins);
+            self.entry().note_pins(self.state.pins);
+        }
+        self.adopt_channels(&found.channels).await
+    }
+
     /// Carries the request on until something is for the session to decide; errors speak of the client's own statements.
     pub(super) async fn relay(&mut self) -> Result<Pause, SessionError> {
         loop {
@@ -241,14 +283,14 @@ impl Session {
     }
 
     /// Gives the server back, if it is fit for others; otherwise it is closed.
-    pub(super) async fn check_in(&mut self) {
+    pub(super) async fn check_in(&mut self, now: Instant) {
         let Some(lease) = self.lease.take() else {
             return;
         };
         self.key.slot.release().await;
         self.entry().note_server(0);
         match reset::prove(&lease) {
-            Some(clean) => lease.check_in(clean, Some(self.id)),
+            Some(clean) => lease.check_in(clean, Some(self.id), now),
             None => debug!(
                 pid = lease.key.pid,
                 "server closed: it has more to say than its answer"
@@ -283,7 +325,7 @@ impl Session {
         if matches!(timeout(PARTING_MAX, clean).await, Ok(Ok(()))) {
             self.key.slot.release().await;
             if let Some(proof) = reset::prove(&lease) {
-                lease.check_in(proof, None);
+                lease.check_in(proof, None, Instant::now());
             }
         }
     }

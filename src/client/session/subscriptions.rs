@@ -90,7 +90,12 @@ impl Session {
                 }
             }
         }
-        for channel in &channels {
+        self.adopt_channels(&channels).await
+    }
+
+    /// What the server listens to, the hub does from now on.
+    pub(super) async fn adopt_channels(&mut self, channels: &[String]) -> Result<(), SessionError> {
+        for channel in channels {
             let listening = self.subscriber().listen(channel).await;
             listening.map_err(|error| SessionError::Cut(error.to_string()))?;
         }

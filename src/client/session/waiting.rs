@@ -7,12 +7,13 @@ use std::io;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
 
 use super::{Session, whole_length};
 use crate::classify::RunRef;
 use crate::client::error::SessionError;
-use crate::client::live::Running;
+use crate::client::live::{Running, Standing};
 use crate::client::request::{BatchEnd, Grouping, Unit};
 use crate::events::{Delivery, Subscriber};
 use crate::pool::checkout::Checkout;
@@ -49,21 +50,19 @@ impl Session {
                 client: &mut self.client,
                 lease: self.lease.as_mut(),
                 subscriber: self.subscriber.as_ref(),
+                standing: &self.standing,
                 needed,
             };
-            let woken = tokio::select! {
-                biased;
-                woken = wait.woken() => woken?,
-                () = tokio::time::sleep(UNSYNCED_WAIT), if gathered > 0 => {
-                    self.grouping = Grouping::default();
-                    return Ok(Unit::Batch { len: gathered, end: BatchEnd::Flush });
-                }
-                changed = self.standing.changed() => {
-                    if changed.is_err() {
-                        return Err(SessionError::Shutdown);
-                    }
-                    Woken::Told
-                }
+            let woken = if gathered == 0 {
+                wait.woken().await?
+            } else if let Ok(woken) = timeout(UNSYNCED_WAIT, wait.woken()).await {
+                woken?
+            } else {
+                self.grouping = Grouping::default();
+                return Ok(Unit::Batch {
+                    len: gathered,
+                    end: BatchEnd::Flush,
+                });
             };
             match woken {
                 Woken::Client(0) => return Err(client_gone()),
@@ -96,6 +95,8 @@ impl Session {
                     self.client.output.extend_from_slice(&frame);
                     self.shared.counters.notifications.inc();
                 }
+                // A session takes frames.
+                Delivery::Event(_) => {}
                 Delivery::Cut(reason) => return Err(SessionError::Cut(format!("{reason:?}"))),
             }
             if self.client.output.len() > ASIDE_MAX {
@@ -193,6 +194,8 @@ struct Waiting<'a> {
     client: &'a mut Stream,
     lease: Option<&'a mut Checkout>,
     subscriber: Option<&'a Subscriber>,
+    /// `Outside` wakes the session when it changes.
+    standing: &'a watch::Receiver<Standing>,
     needed: usize,
 }
 
@@ -232,6 +235,10 @@ impl Waiting<'_> {
         {
             return Poll::Ready(Ok(Woken::Delivery(delivery)));
         }
-        Poll::Pending
+        match self.standing.has_changed() {
+            Ok(false) => Poll::Pending,
+            Ok(true) => Poll::Ready(Ok(Woken::Told)),
+            Err(_gone) => Poll::Ready(Err(SessionError::Shutdown)),
+        }
     }
 }

@@ -12,7 +12,6 @@ mod latency;
 mod link;
 mod listener;
 mod reader;
-mod screen;
 mod summary;
 mod tree;
 mod words;
@@ -36,9 +35,9 @@ use self::flow::{FLOW, STEPS};
 use self::keeper::Keeper;
 use self::latency::Answers;
 use self::link::Link;
-use self::screen::{Paint, Screen};
 use self::summary::Verdict;
 use self::tree::Tree;
+use super::screen::{Paint, Screen};
 use crate::app::{self, App, AppError};
 use crate::config::{self, Config, ConfigError, ConnectUrlError, Flags};
 use crate::embedded::{Cluster, ClusterOptions, EmbeddedError, SUPERUSER};
@@ -46,6 +45,8 @@ use crate::schema::{self, InstallOptions, PgmqOutcome, SchemaError};
 
 const LISTEN: &str = "127.0.0.1:6432";
 const HTTP: &str = "127.0.0.1:6480";
+/// Whoever looks over HTTP without a key, the dashboard first of all; may read, and nothing else.
+const VIEWER: &str = "flowgate_demo_viewer";
 /// At the end nothing of value is under way.
 const DRAIN_MAX: Duration = Duration::from_millis(500);
 const REDRAW: Duration = Duration::from_millis(100);
@@ -262,6 +263,9 @@ async fn play(args: &Args, stage: &mut Stage, screen: &mut Screen) -> Result<Ver
         &format!("SQL installed: pgmq ({pgmq}), pgflow's core, the event outbox"),
     )?;
 
+    let admit = admit_viewer(&primary).await;
+    admit.map_err(DemoError::sql("making the dashboard's role"))?;
+
     let config = configure(args, &primary, &replica)?;
     let app = stage.app.insert(app::start(&config).await?);
     let places = Places {
@@ -271,7 +275,7 @@ async fn play(args: &Args, stage: &mut Stage, screen: &mut Screen) -> Result<Ver
         replica,
     };
     let http = match places.http {
-        Some(http) => format!(", HTTP on {http}"),
+        Some(http) => format!(", dashboard on http://{http}/"),
         None => String::new(),
     };
     let wanted: Result<SocketAddr, _> = LISTEN.parse();
@@ -437,6 +441,18 @@ fn results(args: &Args, cluster: &Cluster) -> io::Result<PathBuf> {
     Ok(results)
 }
 
+/// Functions are revoked from PUBLIC, or whoever can use the schema could start runs.
+async fn admit_viewer(primary: &str) -> Result<(), tokio_postgres::Error> {
+    let admin = crate::embedded::connect(primary).await?;
+    let script = format!(
+        "do $$ begin create role {VIEWER}; exception when duplicate_object then null; end $$;
+         revoke execute on all functions in schema pgflow from public;
+         grant usage on schema pgflow to {VIEWER}; grant select on all tables in schema pgflow to {VIEWER};
+         grant execute on function pgflow.get_run_with_states(uuid) to {VIEWER}"
+    );
+    admin.batch_execute(&script).await
+}
+
 /// As `serve --auth trust` would have it, without file and environment: those speak of another Postgres.
 fn configure(args: &Args, primary: &str, replica: &str) -> Result<Config, DemoError> {
     let mut config = config::from_sources(
@@ -453,6 +469,7 @@ fn configure(args: &Args, primary: &str, replica: &str) -> Result<Config, DemoEr
         },
     )?;
     config.listen.drain_timeout = DRAIN_MAX;
+    config.http.anon_role = Some(VIEWER.to_owned());
     Ok(config)
 }
 

@@ -8,10 +8,10 @@ use serde_json::Value;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Error, SimpleQueryMessage};
 
+use super::super::screen::{Paint, Screen};
 use super::DemoError;
 use super::latency::Answers;
 use super::link::{self, Link};
-use super::screen::{Paint, Screen};
 use super::tree::Tree;
 use super::words::{grouped, spell};
 use super::{Places, ms};
@@ -176,22 +176,23 @@ pub(super) fn tell_places(
         format!("primary  {}", places.primary),
         format!("replica  {}", places.replica),
     ];
-    lines.extend(places.http.map(|http| format!("http     http://{http}")));
+    lines.extend(places.http.map(|http| format!("http     http://{http}/")));
     screen.section("Connect", &lines)?;
-    let run = tree
-        .runs
-        .first()
-        .map(|run| run_topic(run.id))
-        .unwrap_or_default();
+    let Some(run) = tree.runs.first().map(|run| run.id) else {
+        return Ok(());
+    };
+    let topic = run_topic(run);
     let mut tries = vec![
-        format!("psql {proxy} -c 'listen \"{run}@0\"' -c 'select 1' | cut -c 1-150"),
+        format!("flowgate follow {run} --url {proxy}"),
+        format!("psql {proxy} -c 'listen \"{topic}@0\"' -c 'select 1' | cut -c 1-150"),
         format!("psql {} -c 'show routes'", places.database("flowgate")),
     ];
-    tries.extend(
-        places
-            .http
-            .map(|http| format!("curl http://{http}/metrics")),
-    );
+    if let Some(http) = places.http {
+        tries.push(format!(
+            "curl -N 'http://{http}/events/runs/{run}?cursor=0'"
+        ));
+        tries.push(format!("a browser at http://{http}/#/runs/{run}"));
+    }
     screen.section("Try", &tries)?;
     Ok(())
 }

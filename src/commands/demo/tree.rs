@@ -7,23 +7,15 @@ use serde_json::Value;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::super::picture::{Status, bar, branch, mark, short};
+use super::super::screen::{Paint, Screen};
 use super::flow::{MAP, STEPS};
 use super::listener::Heard;
 use super::reader::Seen;
-use super::screen::{Paint, Screen};
 
 /// More runs than this are drawn as a line each.
 const TREES_MAX: usize = 3;
 const LINES_MAX: usize = 16;
-const BAR: usize = 24;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Status {
-    Waiting,
-    Running,
-    Completed,
-    Failed,
-}
 
 /// One event, when it came.
 #[derive(Clone, Debug)]
@@ -238,18 +230,14 @@ impl RunView {
     fn tree(&self, screen: &Screen, now: Instant) -> Vec<String> {
         let mut lines = vec![self.summary(screen, now)];
         for (at, (slug, step)) in STEPS.iter().zip(&self.steps).enumerate() {
-            let branch = if at + 1 == STEPS.len() {
-                "└─"
-            } else {
-                "├─"
-            };
             let took = step.began.map(|began| took(began, step.ended, now));
             let bar = match step.tasks {
                 Some(tasks) if at == MAP => bar(step.done, tasks),
                 Some(_) | None => String::new(),
             };
             let line = format!(
-                "{branch} {} {slug:<13}{:>8}  {bar}",
+                "{} {} {slug:<13}{:>8}  {bar}",
+                branch(at, STEPS.len()),
                 mark(step.status, screen),
                 took.unwrap_or_default(),
             );
@@ -277,33 +265,9 @@ impl RunView {
     }
 }
 
-fn mark(status: Status, screen: &Screen) -> String {
-    match status {
-        Status::Waiting => screen.paint(Paint::Dim, "·"),
-        Status::Running => screen.paint(Paint::Cyan, "▶"),
-        Status::Completed => screen.paint(Paint::Green, "✔"),
-        Status::Failed => screen.paint(Paint::Red, "✘"),
-    }
-}
-
 fn took(began: Instant, ended: Option<Instant>, now: Instant) -> String {
     let took: Duration = ended.unwrap_or(now).saturating_duration_since(began);
     format!("{:.2} s", took.as_secs_f64())
-}
-
-fn bar(done: i64, tasks: i64) -> String {
-    let full = usize::try_from(done.max(0)).unwrap_or(0) * BAR
-        / usize::try_from(tasks.max(1)).unwrap_or(1);
-    let full = full.min(BAR);
-    format!(
-        "{}{} {done}/{tasks}",
-        "█".repeat(full),
-        "░".repeat(BAR - full)
-    )
-}
-
-fn short(id: Uuid) -> String {
-    id.to_string().chars().take(8).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@
 pub(crate) mod certs;
 pub(crate) mod chance;
 pub(crate) mod core;
+pub(crate) mod follower;
+pub(crate) mod http;
 pub(crate) mod pg;
 pub(crate) mod proxy;
 pub(crate) mod raw;

@@ -1,0 +1,277 @@
+//! A small pool of the control role's connections, and the one way to ask something there as somebody else: one transaction, one
+//! round trip, the role and its claims set for that transaction alone. Knows no HTTP; called by the surfaces of `http`.
+//!
+//! INVARIANT: a connection goes back only after its transaction has ended in a way we have seen. Dropping a question half-way
+//! closes it, so that nobody is ever answered under another's role.
+
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+use super::identity::Identity;
+use crate::config::ConnectUrl;
+use crate::metrics::{Counter, Registry};
+use crate::server::control::{dial, words};
+use crate::wire::quote::{ident, literal};
+
+const APPLICATION: &str = "flowgate http";
+/// What a question may take in Postgres.
+const STATEMENT_MAX: &str = "15s";
+/// And before we stop waiting for an upstream that says nothing at all.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Columns by which rows are told apart.
+const BEFORE: &str = "flowgate_before";
+const SET: &str = "flowgate_set";
+
+pub(super) struct Database {
+    url: ConnectUrl,
+    wait: Duration,
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<Client>>,
+    refused: Arc<Counter>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// One snapshot for all of it.
+    Read,
+    Write,
+}
+
+/// What is asked. `sql` gives the answer's rows; all values in it are quoted by whoever wrote it.
+pub(super) struct Question<'a> {
+    /// `None`: the control role itself.
+    pub(super) identity: Option<&'a Identity>,
+    /// A query of one row and column named `flowgate_before`, as the control role.
+    pub(super) before: &'a str,
+    /// `request.method` and the like.
+    pub(super) settings: &'a [(&'a str, &'a str)],
+    pub(super) access: Access,
+    pub(super) sql: &'a str,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    pub(super) before: Option<String>,
+    pub(super) rows: Vec<Vec<Option<String>>>,
+}
+
+impl Answer {
+    /// The first column of the first row.
+    pub(super) fn single(self) -> Option<String> {
+        self.rows.into_iter().next()?.into_iter().next()?
+    }
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub(super) enum DbError {
+    #[error("no database connection within {0:?}")]
+    Busy(Duration),
+    #[error("the database cannot be reached: {0}")]
+    Unreachable(String),
+    /// The role cannot be taken.
+    #[error("{0}")]
+    Role(String),
+    #[error("{message}")]
+    Postgres {
+        code: String,
+        message: String,
+        detail: Option<String>,
+        hint: Option<String>,
+    },
+}
+
+struct Lease {
+    client: Client,
+    fresh: bool,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Database {
+    pub(super) fn new(url: ConnectUrl, size: usize, wait: Duration, registry: &Registry) -> Self {
+        Self {
+            url,
+            wait,
+            permits: Arc::new(Semaphore::new(size)),
+            idle: Mutex::default(),
+            refused: registry.counter(
+                "flowgate_http_database_refused_total",
+                "HTTP requests that got no database connection in time",
+                &[],
+            ),
+        }
+    }
+
+    /// As the control role.
+    pub(super) async fn ask_ourselves(&self, sql: &str) -> Result<Answer, DbError> {
+        self.ask(&Question {
+            identity: None,
+            before: "",
+            settings: &[],
+            access: Access::Read,
+            sql,
+        })
+        .await
+    }
+
+    /// What only reads is asked once more if a kept connection turns out to be dead.
+    pub(super) async fn ask(&self, question: &Question<'_>) -> Result<Answer, DbError> {
+        // Quoted or not, SET ROLE takes that word for the login role itself. (sql-set-role.html)
+        if let Some(identity) = question.identity.filter(|identity| identity.role == "none") {
+            let role = &identity.role;
+            return Err(DbError::Role(format!("role \"{role}\" cannot be taken")));
+        }
+        let script = script(question);
+        loop {
+            let lease = self.lease().await?;
+            let again = !lease.fresh && question.access == Access::Read;
+            match self.run(lease, &script, question.identity.is_some()).await {
+                Err(DbError::Unreachable(_)) if again => {}
+                other => return other,
+            }
+        }
+    }
+
+    async fn lease(&self) -> Result<Lease, DbError> {
+        let permit = timeout(self.wait, Arc::clone(&self.permits).acquire_owned()).await;
+        let Ok(Ok(permit)) = permit else {
+            self.refused.inc();
+            return Err(DbError::Busy(self.wait));
+        };
+        loop {
+            let idle = self.idle().pop();
+            match idle {
+                Some(client) if client.is_closed() => {}
+                Some(client) => {
+                    return Ok(Lease {
+                        client,
+                        fresh: false,
+                        permit,
+                    });
+                }
+                None => break,
+            }
+        }
+        let (client, connection) = dial(&self.url, APPLICATION, self.wait)
+            .await
+            .map_err(|error| DbError::Unreachable(words(&error)))?;
+        // Ends with its client.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Lease {
+            client,
+            fresh: true,
+            permit,
+        })
+    }
+
+    async fn run(&self, lease: Lease, script: &str, as_other: bool) -> Result<Answer, DbError> {
+        let Lease {
+            client,
+            fresh: _,
+            permit,
+        } = lease;
+        let mut answer = Answer::default();
+        let mut role_set = !as_other;
+        let asked = timeout(
+            SILENCE_MAX,
+            gather(&client, script, &mut answer, &mut role_set),
+        )
+        .await
+        .map_err(|_elapsed| DbError::Unreachable(format!("no answer within {SILENCE_MAX:?}")))?;
+        let outcome = match asked {
+            Ok(()) => Ok(answer),
+            Err(error) => {
+                let failed = failure(&error, role_set);
+                if matches!(failed, DbError::Unreachable(_)) {
+                    return Err(failed);
+                }
+                let undone = timeout(SILENCE_MAX, client.batch_execute("rollback")).await;
+                if !matches!(undone, Ok(Ok(()))) {
+                    return Err(failed);
+                }
+                Err(failed)
+            }
+        };
+        self.idle().push(client);
+        drop(permit);
+        outcome
+    }
+
+    /// Pushing and popping leave nothing half-done.
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Client>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn script(question: &Question<'_>) -> String {
+    let mode = match question.access {
+        Access::Read => "isolation level repeatable read read only",
+        Access::Write => "isolation level read committed read write",
+    };
+    let mut script =
+        format!("begin transaction {mode}; set local statement_timeout = '{STATEMENT_MAX}'; ");
+    if !question.before.is_empty() {
+        script += question.before;
+        script += "; ";
+    }
+    if let Some(identity) = question.identity {
+        script += &format!(
+            "set local role {}; select set_config('request.jwt.claims', {}, true) as {SET}",
+            ident(&identity.role),
+            literal(&identity.claims)
+        );
+        for (name, value) in question.settings {
+            script += &format!(", set_config({}, {}, true)", literal(name), literal(value));
+        }
+        script += "; set local search_path = 'pgflow', 'public'; ";
+    }
+    script + question.sql + "; commit"
+}
+
+async fn gather(
+    client: &Client,
+    script: &str,
+    answer: &mut Answer,
+    role_set: &mut bool,
+) -> Result<(), tokio_postgres::Error> {
+    let mut messages = pin!(client.simple_query_raw(script).await?);
+    while let Some(message) = messages.try_next().await? {
+        let SimpleQueryMessage::Row(row) = message else {
+            continue;
+        };
+        match row.columns().first().map(|column| column.name()) {
+            Some(BEFORE) => answer.before = row.get(0).map(str::to_owned),
+            Some(SET) => *role_set = true,
+            _ => {
+                let columns = (0..row.len()).map(|at| row.get(at).map(str::to_owned));
+                answer.rows.push(columns.collect());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn failure(error: &tokio_postgres::Error, role_set: bool) -> DbError {
+    let Some(said) = error.as_db_error() else {
+        return DbError::Unreachable(words(error));
+    };
+    // What ends the session leaves nothing to roll back.
+    if said.code().code().starts_with("57P0") {
+        return DbError::Unreachable(said.message().to_owned());
+    }
+    let refusals = ["42501", "22023", "42704", "0P000"];
+    if !role_set && refusals.contains(&said.code().code()) {
+        return DbError::Role(said.message().to_owned());
+    }
+    DbError::Postgres {
+        code: said.code().code().to_owned(),
+        message: said.message().to_owned(),
+        detail: said.detail().map(str::to_owned),
+        hint: said.hint().map(str::to_owned),
+    }
+}

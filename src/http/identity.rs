@@ -1,0 +1,257 @@
+//! Who asks: a JWT's role, an API key's, or the one for strangers. Decides nothing about what that role may see
+//! (`sight.rs`) and never asks the database. Called by every surface of `http` but health and metrics.
+
+use std::sync::Arc;
+
+use axum::http::HeaderMap;
+use axum::http::header::AUTHORIZATION;
+use serde_json::{Map, Value, json};
+use subtle::ConstantTimeEq;
+
+use super::jwt::{self, Claims, JwksError, Keys, Refusal};
+use crate::config;
+
+/// What a role and its claims are, for one request or one stream.
+#[derive(Debug)]
+pub(super) struct Identity {
+    pub(super) role: String,
+    /// `request.jwt.claims`, with the role in it.
+    pub(super) claims: String,
+    /// Seconds since 1970.
+    pub(super) expires: Option<i64>,
+    /// Brought nothing of its own: "log in" rather than "you may not".
+    pub(super) anonymous: bool,
+}
+
+/// Why somebody is nobody: 401.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct Unauthorized {
+    pub(super) code: &'static str,
+    pub(super) message: String,
+}
+
+/// What somebody brought.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Credentials<'a> {
+    /// Of `Authorization: Bearer`.
+    pub(super) token: Option<&'a str>,
+    pub(super) key: Option<&'a str>,
+}
+
+pub(super) struct Guard {
+    keys: Keys,
+    api_keys: Vec<(String, Arc<Identity>)>,
+    stranger: Option<Arc<Identity>>,
+}
+
+impl Guard {
+    pub(super) fn new(config: &config::Http) -> Result<Self, JwksError> {
+        let stranger_role = config.anon_role.as_deref();
+        let of_role = |role: &str| {
+            Arc::new(Identity {
+                role: role.to_owned(),
+                claims: json!({ "role": role }).to_string(),
+                expires: None,
+                anonymous: role == "anon" || stranger_role == Some(role),
+            })
+        };
+        let secret = config.jwt_secret.as_ref().map(config::Secret::expose);
+        Ok(Self {
+            keys: Keys::new(secret, config.jwks.as_deref())?,
+            api_keys: config
+                .api_keys
+                .iter()
+                .map(|key| (key.key.expose().to_owned(), of_role(&key.role)))
+                .collect(),
+            stranger: stranger_role.map(of_role),
+        })
+    }
+
+    /// The token counts; a token that is really a key is that key; without a token the key counts; without either they are a
+    /// stranger.
+    pub(super) fn identify(
+        &self,
+        credentials: Credentials<'_>,
+    ) -> Result<Arc<Identity>, Unauthorized> {
+        match (credentials.token, credentials.key) {
+            (Some(word), _) | (None, Some(word)) => self.known(word),
+            (None, None) => self.stranger.clone().ok_or_else(|| {
+                invalid(
+                    "no API key or JWT was sent, and http.anon_role lets in nobody without"
+                        .to_owned(),
+                )
+            }),
+        }
+    }
+
+    /// Of a key or a token, whatever it was sent as.
+    pub(super) fn known(&self, word: &str) -> Result<Arc<Identity>, Unauthorized> {
+        let same = |key: &str| bool::from(key.as_bytes().ct_eq(word.as_bytes()));
+        if let Some((_, identity)) = self.api_keys.iter().find(|(key, _)| same(key)) {
+            return Ok(Arc::clone(identity));
+        }
+        if word.starts_with("sb_") || !word.contains('.') {
+            return Err(invalid("unknown API key".to_owned()));
+        }
+        let claims = self.keys.verify(word, jwt::now()).map_err(|refusal| {
+            let code = match refusal {
+                Refusal::Invalid(_) => "PGRST301",
+                Refusal::Expired { .. } | Refusal::NotYet => "PGRST303",
+            };
+            let message = refusal.to_string();
+            Unauthorized { code, message }
+        })?;
+        self.of_claims(claims)
+    }
+
+    fn of_claims(&self, claims: Claims) -> Result<Arc<Identity>, Unauthorized> {
+        let Claims {
+            json,
+            role,
+            expires,
+        } = claims;
+        let Some(role) = role.filter(|role| !role.is_empty()) else {
+            let stranger = self
+                .stranger
+                .as_ref()
+                .ok_or_else(|| invalid("the JWT has no role claim".to_owned()))?;
+            let mut claims: Map<String, Value> = serde_json::from_str(&json).unwrap_or_default();
+            claims.insert("role".to_owned(), stranger.role.as_str().into());
+            return Ok(Arc::new(Identity {
+                role: stranger.role.clone(),
+                claims: Value::Object(claims).to_string(),
+                expires,
+                anonymous: true,
+            }));
+        };
+        // Postgres' text has no NUL.
+        if role.contains('\0') || json.contains('\0') {
+            return Err(invalid("the JWT's role is no role".to_owned()));
+        }
+        let strangers = self.stranger.as_ref().map(|stranger| &stranger.role);
+        Ok(Arc::new(Identity {
+            anonymous: role == "anon" || strangers == Some(&role),
+            role,
+            claims: json,
+            expires,
+        }))
+    }
+}
+
+fn invalid(message: String) -> Unauthorized {
+    let code = "PGRST301";
+    Unauthorized { code, message }
+}
+
+impl Identity {
+    /// How long from now; `None`: for good.
+    pub(super) fn expires_in(&self) -> Option<std::time::Duration> {
+        let left = self.expires?.saturating_sub(jwt::now());
+        Some(std::time::Duration::from_secs(
+            u64::try_from(left).unwrap_or(0),
+        ))
+    }
+}
+
+/// What the headers bring. A header that is no text brings nothing that could be verified, so it is as good as a wrong one.
+pub(super) fn of_headers(headers: &HeaderMap) -> Credentials<'_> {
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .map(|value| value.to_str().unwrap_or("?").trim())
+    };
+    let token = text(AUTHORIZATION.as_str()).map(|value| {
+        let (scheme, token) = value.split_once(' ').unwrap_or(("", value));
+        if scheme.eq_ignore_ascii_case("bearer") {
+            token.trim()
+        } else {
+            "?"
+        }
+    });
+    Credentials {
+        token,
+        key: text("apikey").or_else(|| text("x-api-key")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+    use std::time::Duration;
+
+    use crate::config::{ApiKey, Http, Secret};
+
+    use super::*;
+
+    fn guard(anon_role: Option<&str>) -> Guard {
+        Guard::new(&Http {
+            max_connections: NonZeroUsize::MIN,
+            pool_size: NonZeroUsize::MIN,
+            header_timeout: Duration::ZERO,
+            write_timeout: Duration::ZERO,
+            recheck: Duration::ZERO,
+            jwt_secret: None,
+            jwks: None,
+            api_keys: vec![ApiKey {
+                key: Secret::new("sb_publishable_x".into()),
+                role: "web".into(),
+            }],
+            anon_role: anon_role.map(str::to_owned),
+            cors: Vec::new(),
+        })
+        .unwrap()
+    }
+
+    #[track_caller]
+    fn check(guard: &Guard, headers: &[(&str, &str)], expected: &str) {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            let name: axum::http::HeaderName = name.parse().unwrap();
+            map.insert(name, value.parse().unwrap());
+        }
+        let got = match guard.identify(of_headers(&map)) {
+            Ok(identity) => format!("{} {}", identity.role, identity.claims),
+            Err(refused) => format!("{} {}", refused.code, refused.message),
+        };
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn a_key_has_a_role_and_a_stranger_only_where_there_is_one_for_strangers() {
+        let (open, closed) = (guard(Some("guest")), guard(None));
+        let web = r#"web {"role":"web"}"#;
+        check(&open, &[], r#"guest {"role":"guest"}"#);
+        check(
+            &closed,
+            &[],
+            "PGRST301 no API key or JWT was sent, and http.anon_role lets in nobody without",
+        );
+        check(&closed, &[("apikey", "sb_publishable_x")], web);
+        check(&closed, &[("x-api-key", "sb_publishable_x")], web);
+        check(
+            &closed,
+            &[("authorization", "bearer sb_publishable_x")],
+            web,
+        );
+        // What was brought counts, if it is wrong too.
+        check(
+            &open,
+            &[("apikey", "sb_publishable_y")],
+            "PGRST301 unknown API key",
+        );
+        check(
+            &open,
+            &[("authorization", "Basic eDp5")],
+            "PGRST301 unknown API key",
+        );
+        check(
+            &open,
+            &[
+                ("authorization", "Bearer a.b.c"),
+                ("apikey", "sb_publishable_x"),
+            ],
+            "PGRST301 the JWT's header is malformed",
+        );
+    }
+}

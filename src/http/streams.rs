@@ -1,0 +1,665 @@
+//! Server-sent events: `/events/runs/{id}`, `/events/flows/{slug}`, `/events`. A stream is a subscriber of the hub and a look
+//! at what the role may see, again and again. Never waits for a slow reader: its inbox is bounded, what overflows is told as a
+//! gap, and a socket that takes nothing is cut (`seats.rs`).
+//!
+//! `id:` is where to resume: of a run its `seq`, of the others a *cursor*, `<id>-<snapshot>-<snapshot>`: the event, what had
+//! been read before the look at the outbox that brought it, and what by it. What follows it are rows that the first could not
+//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit.
+//!
+//! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde::Deserialize;
+use serde_json::json;
+use serde_json::value::RawValue;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use uuid::Uuid;
+
+use super::HttpState;
+use super::api::{InUrl, a_run_id, a_slug, identify, last_seq, run_state};
+use super::counters::OpenStream;
+use super::db::DbError;
+use super::identity::Identity;
+use super::refusal::Refusal;
+use super::sight::{Rights, Rows};
+use crate::events::{CutReason, Delivery, Event, EventsError, Form, Snapshot, Subscriber};
+use crate::pgflow::events::{ALL_CHANNEL, FLOW_PREFIX, envelope, run_of_topic, run_topic};
+use crate::pgflow::ids::Slug;
+use crate::wire::quote::literal;
+
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// How soon a client comes back that has lost us.
+const RETRY: &[u8] = b"retry: 1000\n\n";
+/// Rows of one page of what a stream resumes with.
+const PAGE: usize = 500;
+/// The longest cursor: a snapshot names every transaction in progress.
+const CURSOR_MAX: usize = 64 * 1024;
+
+#[derive(Deserialize)]
+pub(super) struct Wanted {
+    cursor: Option<String>,
+    snapshot: Option<String>,
+}
+
+impl Wanted {
+    /// What the browser says by itself when it comes back counts more than the URL it began with.
+    fn resume(&self, headers: &HeaderMap) -> Option<String> {
+        let last = headers.get("last-event-id").and_then(|id| id.to_str().ok());
+        let from = last.or(self.cursor.as_deref())?.trim();
+        (!from.is_empty()).then(|| from.to_owned())
+    }
+
+    fn wants_snapshot(&self) -> bool {
+        matches!(self.snapshot.as_deref(), Some("1" | "true" | ""))
+    }
+}
+
+pub(super) async fn run(
+    State(state): State<HttpState>,
+    headers: HeaderMap,
+    Query(url): Query<InUrl>,
+    Query(wanted): Query<Wanted>,
+    Path(id): Path<String>,
+) -> Result<Response, Refusal> {
+    let identity = identify(&state, &headers, &url)?;
+    let id = a_run_id(&id)?;
+    let failed = |error| Refusal::of_database(error, Some(&identity));
+    if !state
+        .sight
+        .may_follow(&identity, id)
+        .await
+        .map_err(failed)?
+    {
+        return Err(Refusal::no_such_run());
+    }
+    let mut first = VecDeque::from([Bytes::from_static(RETRY)]);
+    let after = match wanted.resume(&headers) {
+        Some(from) => from
+            .parse::<i64>()
+            .ok()
+            .filter(|seq| *seq >= 0)
+            .ok_or_else(|| malformed("a run's is the seq of an event"))?,
+        None if wanted.wants_snapshot() => {
+            let shown = run_state(&state, &identity, id).await?;
+            let shown = shown.ok_or_else(Refusal::no_such_run)?;
+            let (json, seq) = (shown.json, shown.seq);
+            first.push_back(format!("id: {seq}\nevent: snapshot\ndata: {json}\n\n").into());
+            seq
+        }
+        None => {
+            let asked = state.database.ask_ourselves(&last_seq(id)).await;
+            let seq = asked.map_err(failed)?.single();
+            let seq = seq.and_then(|seq| seq.parse().ok()).unwrap_or(0);
+            // An id without data is remembered and told to nobody.
+            first.push_back(format!("id: {seq}\n\n").into());
+            seq
+        }
+    };
+    let subscriber = state.hub.event_subscriber();
+    let topic = run_topic(id);
+    subscriber.follow(&topic, after).await.map_err(unheard)?;
+    let stream = Stream::new(&state, identity, subscriber, Scope::Run(id), first, None);
+    Ok(stream.respond())
+}
+
+pub(super) async fn flow(
+    State(state): State<HttpState>,
+    headers: HeaderMap,
+    Query(url): Query<InUrl>,
+    Query(wanted): Query<Wanted>,
+    Path(slug): Path<String>,
+) -> Result<Response, Refusal> {
+    let slug = a_slug(&slug)?;
+    many(&state, &headers, &url, &wanted, Scope::Flow(slug)).await
+}
+
+pub(super) async fn all(
+    State(state): State<HttpState>,
+    headers: HeaderMap,
+    Query(url): Query<InUrl>,
+    Query(wanted): Query<Wanted>,
+) -> Result<Response, Refusal> {
+    many(&state, &headers, &url, &wanted, Scope::All).await
+}
+
+async fn many(
+    state: &HttpState,
+    headers: &HeaderMap,
+    url: &InUrl,
+    wanted: &Wanted,
+    scope: Scope,
+) -> Result<Response, Refusal> {
+    let identity = identify(state, headers, url)?;
+    if wanted.wants_snapshot() {
+        return Err(Refusal::bad_request(
+            "22023",
+            "snapshot: only a run has one",
+        ));
+    }
+    let failed = |error| Refusal::of_database(error, Some(&identity));
+    let rights = state.sight.rights(&identity).await.map_err(failed)?;
+    if rights.runs == Rows::None {
+        return Err(Refusal::of_database(
+            may_not_list(&identity),
+            Some(&identity),
+        ));
+    }
+    let resumed = match wanted.resume(headers) {
+        Some(from) => {
+            let cursor = Cursor::parse(&from);
+            Some(cursor.ok_or_else(|| malformed("it is the id of an event of such a stream"))?)
+        }
+        None => None,
+    };
+    // Live first, so that what is committed while the past is read is in one or the other.
+    let subscriber = state.hub.event_subscriber();
+    subscriber.listen(&scope.channel()).await.map_err(unheard)?;
+    let start = state.database.ask_ourselves(NOW).await.map_err(failed)?;
+    let start = Start::parse(start.rows.first()).ok_or_else(|| {
+        Refusal::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "XX000",
+            "unexpected answer of the database",
+        )
+    })?;
+    let mut first = VecDeque::from([Bytes::from_static(RETRY)]);
+    let backlog = match resumed {
+        None => {
+            let from = Cursor {
+                id: start.last_id,
+                before: start.now.clone(),
+                now: start.now.clone(),
+            };
+            first.push_back(format!("id: {from}\n\n").into());
+            Past {
+                seen: start.now,
+                rest: None,
+            }
+        }
+        Some(cursor) => {
+            let rewritten = cursor.now.xmax() > start.now.xmax();
+            if let Some(gap) = start.gap_after(&cursor, rewritten, &scope) {
+                first.push_back(gap);
+            }
+            let rest = (!rewritten).then_some(Rest { cursor, last_id: 0 });
+            Past {
+                seen: start.now,
+                rest,
+            }
+        }
+    };
+    let stream = Stream::new(state, identity, subscriber, scope, first, Some(backlog));
+    Ok(stream.respond())
+}
+
+fn may_not_list(identity: &Identity) -> DbError {
+    DbError::Postgres {
+        code: "42501".to_owned(),
+        message: "permission denied for table runs".to_owned(),
+        detail: None,
+        hint: Some(format!(
+            "To follow runs whose ids it does not name, role \"{}\" needs SELECT on pgflow.runs.",
+            identity.role
+        )),
+    }
+}
+
+fn malformed(what: &str) -> Refusal {
+    Refusal::bad_request("22023", format!("malformed cursor: {what}"))
+}
+
+fn unheard(error: EventsError) -> Refusal {
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "57P03", error.to_string())
+}
+
+/// What a stream tells of.
+#[derive(Clone)]
+enum Scope {
+    Run(Uuid),
+    Flow(Slug),
+    All,
+}
+
+impl Scope {
+    fn channel(&self) -> String {
+        match self {
+            Self::Run(id) => run_topic(*id),
+            Self::Flow(slug) => format!("{FLOW_PREFIX}{slug}"),
+            Self::All => ALL_CHANNEL.to_owned(),
+        }
+    }
+}
+
+/// What the outbox has at the moment a stream of many runs begins.
+const NOW: &str = "select pg_current_snapshot()::text, (select s.last_value from flowgate.event_id_seq as s), \
+    (select e.id || ' ' || e.xid from flowgate.event as e order by e.xid limit 1)";
+
+struct Start {
+    now: Snapshot,
+    last_id: i64,
+    /// The oldest that is kept: its id and transaction.
+    oldest: Option<(i64, u64)>,
+}
+
+impl Start {
+    fn parse(row: Option<&Vec<Option<String>>>) -> Option<Self> {
+        let column = |at: usize| row?.get(at)?.as_deref();
+        let oldest = column(2).and_then(|oldest| {
+            let (id, xid) = oldest.split_once(' ')?;
+            Some((id.parse().ok()?, xid.parse().ok()?))
+        });
+        Some(Self {
+            now: Snapshot::parse(column(0)?)?,
+            last_id: column(1)?.parse().ok()?,
+            oldest,
+        })
+    }
+
+    /// Told when something may be missing: older days were dropped, or history is not the one the cursor comes from.
+    fn gap_after(&self, cursor: &Cursor, rewritten: bool, scope: &Scope) -> Option<Bytes> {
+        let from = cursor.id.saturating_add(1);
+        let to = match self.oldest {
+            _ if rewritten => None,
+            Some((_, xid)) if cursor.before.sees(xid) => return None,
+            Some((id, _)) if id <= from => return None,
+            Some((id, _)) => Some(id - 1),
+            None if self.last_id <= cursor.id => return None,
+            None => Some(self.last_id),
+        };
+        let (key, name) = match scope {
+            Scope::Run(id) => ("run_id", Some(id.to_string())),
+            Scope::Flow(slug) => ("flow_slug", Some(slug.to_string())),
+            Scope::All => ("run_id", None),
+        };
+        let gap = json!({
+            "event_type": "gap",
+            key: name,
+            "from": from.to_string(),
+            "to": to.map(|to| to.to_string()),
+        });
+        Some(format!("data: {gap}\n\n").into())
+    }
+}
+
+/// Where a stream of many runs has got to; see above.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cursor {
+    id: i64,
+    before: Snapshot,
+    now: Snapshot,
+}
+
+impl Cursor {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('-');
+        let (id, before, now) = (parts.next()?, parts.next()?, parts.next()?);
+        if text.len() > CURSOR_MAX || parts.next().is_some() {
+            return None;
+        }
+        Some(Self {
+            id: id.parse().ok().filter(|id| *id >= 0)?,
+            before: Snapshot::parse(before)?,
+            now: Snapshot::parse(now)?,
+        })
+    }
+}
+
+impl std::fmt::Display for Cursor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}-{}", self.id, self.before, self.now)
+    }
+}
+
+/// Of a stream of many runs: what the past has.
+struct Past {
+    /// Live events that this could see are in what is resumed with, or before it.
+    seen: Snapshot,
+    rest: Option<Rest>,
+}
+
+struct Rest {
+    cursor: Cursor,
+    last_id: i64,
+}
+
+struct Stream {
+    state: HttpState,
+    identity: Arc<Identity>,
+    subscriber: Subscriber,
+    scope: Scope,
+    /// Ready to go.
+    next: VecDeque<Bytes>,
+    past: Option<Past>,
+    /// Of a stream of many.
+    rights: Option<Arc<Rights>>,
+    check_at: Instant,
+    expires_at: Option<Instant>,
+    heartbeat_at: Instant,
+    stopping: watch::Receiver<bool>,
+    ended: bool,
+    _open: OpenStream,
+}
+
+impl Stream {
+    fn new(
+        state: &HttpState,
+        identity: Arc<Identity>,
+        subscriber: Subscriber,
+        scope: Scope,
+        next: VecDeque<Bytes>,
+        past: Option<Past>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            check_at: state.sight.next_check(),
+            expires_at: identity.expires_in().map(|left| now + left),
+            heartbeat_at: now + HEARTBEAT,
+            stopping: state.stopping.clone(),
+            _open: state.counters.stream(),
+            state: state.clone(),
+            identity,
+            subscriber,
+            scope,
+            next,
+            past,
+            rights: None,
+            ended: false,
+        }
+    }
+
+    fn respond(self) -> Response {
+        let events = futures_util::stream::unfold(self, |mut stream| async move {
+            let bytes = stream.bytes().await?;
+            Some((Ok::<_, Infallible>(bytes), stream))
+        });
+        let mut response = Response::new(Body::from_stream(events.fuse()));
+        let headers = response.headers_mut();
+        for (name, value) in [
+            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-store"),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        response
+    }
+
+    /// The next piece; `None`: the end.
+    async fn bytes(&mut self) -> Option<Bytes> {
+        loop {
+            // Before anything is given out, also to one that has read nothing for long.
+            if !self.ended {
+                self.look_again().await;
+            }
+            if let Some(bytes) = self.next.pop_front() {
+                self.heartbeat_at = Instant::now() + HEARTBEAT;
+                return Some(bytes);
+            }
+            if self.ended {
+                return None;
+            }
+            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
+                self.page().await;
+                continue;
+            }
+            let due = self
+                .expires_at
+                .map_or(self.check_at, |at| at.min(self.check_at));
+            tokio::select! {
+                biased;
+                () = super::stopped(&mut self.stopping) => self.ended = true,
+                () = sleep_until(due) => {}
+                delivery = poll_fn(|cx| self.subscriber.poll_next(cx)) => self.take(delivery).await,
+                () = sleep_until(self.heartbeat_at) => self.next.push_back(Bytes::from_static(b": \n\n")),
+            }
+        }
+    }
+
+    async fn look_again(&mut self) {
+        let now = Instant::now();
+        if self.expires_at.is_some_and(|at| at <= now) {
+            return self.refuse("PGRST303", "JWT expired");
+        }
+        if self.check_at > now {
+            return;
+        }
+        self.check_at = self.state.sight.next_check();
+        let allowed = match &self.scope {
+            Scope::Run(id) => self.state.sight.may_follow(&self.identity, *id).await,
+            Scope::Flow(_) | Scope::All => {
+                let rights = self.state.sight.rights(&self.identity).await;
+                rights.map(|rights| {
+                    let allowed = rights.runs != Rows::None;
+                    self.rights = Some(rights);
+                    allowed
+                })
+            }
+        };
+        match allowed {
+            Ok(true) => {}
+            Ok(false) => self.refuse("42501", "the role may not see this any more"),
+            // The role is gone, or taken from us.
+            Err(DbError::Role(message)) => self.refuse("42501", &message),
+            // Nobody can say: a database that is away tells no events either.
+            Err(_unknown) => self.check_at = self.state.sight.soon(),
+        }
+    }
+
+    /// The last thing this stream says, and what waited is not said any more.
+    fn refuse(&mut self, code: &str, message: &str) {
+        let told = json!({ "event_type": "error", "code": code, "message": message });
+        self.next.clear();
+        self.next
+            .push_back(format!("event: error\ndata: {told}\n\n").into());
+        self.ended = true;
+    }
+
+    async fn take(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Event(event) => {
+                let known = self.past.as_ref();
+                let known = known.is_some_and(|past| past.seen.sees(event.xid));
+                if known || !self.shows(&event.topic).await {
+                    return;
+                }
+                let bytes = match self.scope {
+                    Scope::Run(_) => event.encoded(Form::StreamOfRun, of_run),
+                    Scope::Flow(_) | Scope::All => event.encoded(Form::StreamOfAll, of_all),
+                };
+                self.state.counters.events.inc();
+                self.next.push_back(bytes);
+            }
+            Delivery::Frame(frame) => {
+                if let Some(payload) = super::payload_of(&frame) {
+                    self.next.push_back(format!("data: {payload}\n\n").into());
+                }
+            }
+            Delivery::Cut(CutReason::ShuttingDown) => self.ended = true,
+            // It resumes where it was.
+            Delivery::Cut(CutReason::ListenerLost | CutReason::TooSlow) => self.ended = true,
+        }
+    }
+
+    /// Of a stream of many: whether the role may see that run.
+    async fn shows(&mut self, topic: &str) -> bool {
+        if matches!(self.scope, Scope::Run(_)) {
+            return true;
+        }
+        let Some(run) = run_of_topic(topic) else {
+            return false;
+        };
+        let rights = match &self.rights {
+            Some(rights) => Arc::clone(rights),
+            None => match self.state.sight.rights(&self.identity).await {
+                Ok(rights) => Arc::clone(self.rights.insert(rights)),
+                Err(_unknown) => return self.give_up(),
+            },
+        };
+        match self
+            .state
+            .sight
+            .may_list(&self.identity, &rights, run)
+            .await
+        {
+            Ok(shown) => shown,
+            Err(_unknown) => self.give_up(),
+        }
+    }
+
+    /// Nobody can say whether the role may see it, so it is neither told nor passed over: the client comes back to it.
+    fn give_up(&mut self) -> bool {
+        self.ended = true;
+        false
+    }
+
+    async fn page(&mut self) {
+        let Some(Past {
+            seen,
+            rest: Some(rest),
+        }) = &self.past
+        else {
+            return;
+        };
+        let sql = page_sql(&self.scope, seen, rest);
+        let Ok(answer) = self.state.database.ask_ourselves(&sql).await else {
+            self.ended = true;
+            return;
+        };
+        let (seen, cursor) = (seen.clone(), rest.cursor.clone());
+        let short = answer.rows.len() < PAGE;
+        let mut last_id = rest.last_id;
+        for row in &answer.rows {
+            let column = |at: usize| row.get(at).and_then(Option::as_deref);
+            let (Some(id), Some(topic), Some(payload)) = (
+                column(0).and_then(|id| id.parse::<i64>().ok()),
+                column(1),
+                column(3).and_then(|payload| serde_json::from_str::<&RawValue>(payload).ok()),
+            ) else {
+                continue;
+            };
+            last_id = id;
+            if self.shows(topic).await {
+                let seq = column(2).and_then(|seq| seq.parse().ok());
+                let from = Cursor {
+                    id,
+                    before: cursor.before.clone(),
+                    now: seen.clone(),
+                };
+                let told = envelope(payload, seq, id);
+                self.next
+                    .push_back(format!("id: {from}\ndata: {told}\n\n").into());
+            }
+            if self.ended {
+                return;
+            }
+        }
+        if let Some(past) = &mut self.past {
+            past.rest = (!short).then_some(Rest { cursor, last_id });
+        }
+    }
+}
+
+fn page_sql(scope: &Scope, seen: &Snapshot, rest: &Rest) -> String {
+    let Rest { cursor, last_id } = rest;
+    let mut sql = format!(
+        "select e.id, e.topic, e.seq, e.payload::text from flowgate.event as e \
+         where ({}) and (e.id > {} or {}) and e.id > {last_id} \
+         and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.topic like 'pgflow:%'",
+        cursor.before.unseen(),
+        cursor.id,
+        cursor.now.unseen(),
+        literal(&seen.to_string()),
+    );
+    if let Scope::Flow(slug) = scope {
+        write!(
+            sql,
+            " and coalesce(e.payload ->> 'flow_slug', (select r.flow_slug from pgflow.runs as r where r.run_id = \
+             case when e.topic ~ '^pgflow:run:[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}$' \
+             then substr(e.topic, 12)::uuid end)) = '{slug}'"
+        )
+        .expect("a String takes all");
+    }
+    sql + &format!(" order by e.id limit {PAGE}")
+}
+
+/// Payloads are what Postgres prints of `jsonb`: no line ends in them.
+fn of_run(event: &Event) -> Bytes {
+    match event.seq {
+        Some(seq) => format!("id: {seq}\ndata: {}\n\n", event.payload).into(),
+        None => format!("data: {}\n\n", event.payload).into(),
+    }
+}
+
+fn of_all(event: &Event) -> Bytes {
+    match &event.reading {
+        Some(reading) => {
+            let from = Cursor {
+                id: event.id,
+                before: reading.before.clone(),
+                now: reading.now.clone(),
+            };
+            format!("id: {from}\ndata: {}\n\n", event.payload).into()
+        }
+        None => format!("data: {}\n\n", event.payload).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_is_read_as_it_was_written() {
+        let text = "17-10:20:10,14-22:22:";
+        let cursor = Cursor::parse(text).expect("a cursor");
+        assert_eq!(cursor.to_string(), text);
+        for bad in [
+            "",
+            "17",
+            "x-1:1:-1:1:",
+            "1-1:1:-1:1:-1",
+            "-1-1:1:-1:1:",
+            "1-1-1",
+        ] {
+            assert_eq!(Cursor::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_gap_is_told_when_what_follows_the_cursor_may_have_been_dropped() {
+        let start = |oldest, last_id| Start {
+            now: Snapshot::parse("200:200:").expect("a snapshot"),
+            last_id,
+            oldest,
+        };
+        let cursor = Cursor::parse("50-100:100:-101:101:").expect("a cursor");
+        let gap = |start: Start, rewritten| {
+            let told = start.gap_after(&cursor, rewritten, &Scope::All)?;
+            Some(String::from_utf8_lossy(&told).into_owned())
+        };
+        assert_eq!(gap(start(Some((7, 30)), 90), false), None);
+        assert_eq!(gap(start(Some((51, 101)), 90), false), None);
+        assert_eq!(gap(start(None, 50), false), None);
+        let told = |to: &str| {
+            Some(format!(
+                "data: {{\"event_type\":\"gap\",\"from\":\"51\",\"run_id\":null,\"to\":{to}}}\n\n"
+            ))
+        };
+        assert_eq!(gap(start(Some((61, 110)), 90), false), told("\"60\""));
+        assert_eq!(gap(start(None, 90), false), told("\"90\""));
+        assert_eq!(gap(start(Some((7, 30)), 90), true), told("null"));
+    }
+}
