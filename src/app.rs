@@ -136,8 +136,14 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         .enumerate()
         .map(|(id, url)| Arc::new(Upstream::new(id, url.clone())))
         .collect();
-    let pools = Pools::new(&upstreams, &config.pool, &registry, control.clone())
-        .map_err(AppError::Upstream)?;
+    let pools = Pools::new(
+        &upstreams,
+        &config.pool,
+        &config.shed,
+        &registry,
+        control.clone(),
+    )
+    .map_err(AppError::Upstream)?;
     let connect_timeout = config.pool.connect_timeout;
     let hubs = Hubs::new(
         config.primary.clone(),

@@ -451,6 +451,12 @@ fn inner(s: Words<'_>, at: usize) -> Option<Effect> {
             if name == "pg_temp" && s.punct(at + 1, b'.') && !drops_at_commit(s) {
                 return Some(Effect::TempObject);
             }
+            if matches!(
+                name.as_str(),
+                "pg_prepared_statements" | "pg_prepared_statement"
+            ) {
+                return Some(Effect::PreparedStatements);
+            }
             if !s.punct(at + 1, b'(') {
                 return None;
             }

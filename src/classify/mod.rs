@@ -96,7 +96,52 @@ impl Analysis {
     }
 }
 
+/// What a statement is worth when not all can be served: who waits for a server, and who is refused. The later the more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Worth {
+    /// Asked again soon, and answered elsewhere or a little older as well.
+    Read,
+    /// Nothing is lost but time.
+    Poll,
+    /// More work, where there is too much.
+    Start,
+    #[default]
+    Other,
+    /// Work already paid for; what it completes makes room.
+    Progress,
+}
+
+impl Worth {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Read,
+        Self::Poll,
+        Self::Start,
+        Self::Other,
+        Self::Progress,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Poll => "poll",
+            Self::Start => "start",
+            Self::Other => "other",
+            Self::Progress => "progress",
+        }
+    }
+}
+
 impl StatementClass {
+    pub(crate) fn worth(&self) -> Worth {
+        match self {
+            Self::Read(_) => Worth::Read,
+            Self::Poll(_) => Worth::Poll,
+            Self::Start(_) => Worth::Start,
+            Self::Define | Self::Other => Worth::Other,
+            Self::Progress(_) => Worth::Progress,
+        }
+    }
+
     /// The runs it concerns.
     pub(crate) fn run(&self) -> RunRef {
         match self {
@@ -226,6 +271,8 @@ pub(crate) enum Effect {
     Transaction,
     /// Asks which channels the session listens to.
     ListeningChannels,
+    /// Asks which statements the session has prepared.
+    PreparedStatements,
     /// Asks for a value the session drew from a sequence before: `currval`, `lastval`.
     SequenceValue,
     /// DROP or ALTER DATABASE, or CREATE DATABASE from a template: nobody else may be connected to this one.
@@ -268,6 +315,7 @@ impl Classifier {
                 "temp",
                 "database",
                 "listening_channels",
+                "pg_prepared_statement",
                 "pg_notify",
                 "currval",
                 "lastval",

@@ -15,6 +15,9 @@ use crate::wire::error_response::{ErrorResponse, field};
 use crate::wire::frame::FrameError;
 use crate::wire::startup::StartupError;
 
+/// Who was refused under load should not be back before that.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// What ends a connection.
 #[derive(Debug, Error)]
 pub(crate) enum SessionError {
@@ -118,6 +121,17 @@ pub(crate) fn no_server(error: &CheckoutError) -> ErrorResponse {
                     "Retry, raise pool.size or pool.checkout_timeout, or shorten transactions.",
                 )
         }
+        CheckoutError::Shed {
+            worth,
+            waited,
+            waiting,
+        } => ErrorResponse::error("53300", "overloaded: the request was not run")
+            .with_detail(format!(
+                "It is of class {}, and waited {} ms for one of the pool's connections; {waiting} requests wait for one.",
+                worth.name(),
+                waited.as_millis()
+            ))
+            .with_hint(format!("Retry after {} ms.", RETRY_AFTER.as_millis())),
         CheckoutError::Cancelled => {
             ErrorResponse::error("57014", "canceling statement due to user request")
         }

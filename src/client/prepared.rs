@@ -595,6 +595,13 @@ impl Prepared {
         out
     }
 
+    /// The client's names, in the order of their Parses.
+    pub(super) fn names(&self) -> Vec<Vec<u8>> {
+        let mut named: Vec<_> = self.named.iter().collect();
+        named.sort_by_key(|(_, named)| named.parsed);
+        named.into_iter().map(|(name, _)| name.to_vec()).collect()
+    }
+
     /// The text and parameter types of the statement `name`.
     pub(super) fn text(&self, name: &[u8]) -> Option<(&[u8], &[u8])> {
         self.named.get(name).map(|named| {

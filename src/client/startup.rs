@@ -25,6 +25,7 @@ use super::roster::{Kind, Listed, Newcomer};
 use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
+use crate::classify::Worth;
 use crate::config::{ClientTls, PoolMode};
 use crate::pool::checkout::{Welcome, Wish};
 use crate::server::auth::Credentials;
@@ -415,6 +416,7 @@ async fn introduce(
         client: id,
         opening: &login.opening,
         application_name: &login.application_name,
+        worth: Worth::default(),
     };
     let welcome = pool.log_in(wish).await;
     drop(pool);

@@ -231,6 +231,7 @@ impl State {
                 | Effect::Deallocate(_)
                 | Effect::Copy
                 | Effect::ListeningChannels
+                | Effect::PreparedStatements
                 | Effect::NeedsDatabaseAlone(_)
                 | Effect::Transaction => {}
             }

@@ -105,6 +105,7 @@ impl Survey {
                     | Effect::Execute(_)
                     | Effect::Deallocate(_)
                     | Effect::ListeningChannels
+                    | Effect::PreparedStatements
                     | Effect::SequenceValue
             )
         })

@@ -23,6 +23,7 @@ use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
 use super::shelf::{Bounds, ClientId, Offer, Put, Shelf, Shelved, Take};
 use super::stats::DatabaseStats;
+use crate::classify::Worth;
 use crate::config;
 use crate::metrics::Counter;
 use crate::server::auth::Credentials;
@@ -73,6 +74,24 @@ type Waker = oneshot::Sender<Grant>;
 struct Books {
     shelf: Shelf<Box<Pooled>, Waker>,
     terms: Terms,
+}
+
+impl Books {
+    /// How long a request may wait that is worth so little that it is refused for others' sake; `None`: as long as any. Too much
+    /// is a queue that a burst does not explain; once that has lasted a while, waiting any longer has no prospect.
+    /// (controlled delay: queue.acm.org/detail.cfm?id=2839461)
+    fn patience(&self, worth: Worth, now: Instant, shed: &config::Shed) -> Option<Duration> {
+        if worth > Worth::Read || self.shelf.is_paused() {
+            return None;
+        }
+        let ordinary = (self.shelf.bounds().size * QUEUE_A_SERVER).max(QUEUE_MIN);
+        if self.shelf.counts().waiting <= ordinary {
+            return None;
+        }
+        let oldest = self.shelf.waiting_since()?;
+        let stands = now.saturating_duration_since(oldest) > shed.window;
+        Some(if stands { shed.target } else { shed.window })
+    }
 }
 
 /// What a pool heeds of `[pool]` beside its bounds.
@@ -143,6 +162,8 @@ pub(super) struct Counters {
     pub(super) failed: Arc<Counter>,
     pub(super) waited: Arc<Counter>,
     pub(super) timed_out: Arc<Counter>,
+    /// By worth.
+    pub(super) shed: [Arc<Counter>; Worth::ALL.len()],
     pub(super) abandoned: Arc<Counter>,
     pub(super) reserve: Arc<Counter>,
     pub(super) evicted: Arc<Counter>,
@@ -151,6 +172,7 @@ pub(super) struct Counters {
 /// What all pools share.
 pub(super) struct Common {
     pub(super) counters: Counters,
+    pub(super) shed: config::Shed,
     pub(super) control: Handle,
     /// A server was closed, or a pool stands otherwise than before.
     pub(super) changed: Notify,
@@ -169,6 +191,8 @@ pub(crate) struct Pool {
     /// Rises when every server opened so far is to be closed: also the ones that are just being opened.
     generation: AtomicU64,
     opening: AtomicUsize,
+    /// Requests refused under load, by worth.
+    shed: [AtomicU64; Worth::ALL.len()],
     /// Clients that belong here, and how one of them opened its session last.
     members: AtomicUsize,
     last_opening: Mutex<Option<Arc<Opening>>>,
@@ -193,6 +217,9 @@ struct LastSeen {
     begun: Vec<(String, Reported, Arc<Settings>)>,
 }
 
+/// A queue up to that long is a burst, or long transactions: so many a server, and in all.
+const QUEUE_A_SERVER: usize = 4;
+const QUEUE_MIN: usize = 32;
 /// Openings remembered a pool.
 const TOLD_MAX: usize = 64;
 /// Beginnings remembered a pool.
@@ -246,6 +273,7 @@ pub(crate) struct Wish<'a> {
     pub(crate) client: ClientId,
     pub(crate) opening: &'a Arc<Opening>,
     pub(crate) application_name: &'a str,
+    pub(crate) worth: Worth,
 }
 
 #[derive(Debug, Error)]
@@ -254,6 +282,13 @@ pub(crate) enum CheckoutError {
     Connect(#[from] ConnectError),
     #[error("no server came free within {0:?}")]
     TimedOut(Duration),
+    /// There is more to do than can be done, and this is worth least.
+    #[error("shed after waiting {waited:?}")]
+    Shed {
+        worth: Worth,
+        waited: Duration,
+        waiting: usize,
+    },
     #[error("cancelled while waiting for a server")]
     Cancelled,
     #[error("the upstream is not there any more")]
@@ -265,6 +300,10 @@ pub(crate) enum CheckoutError {
 /// How a pool stands, for the console.
 pub(crate) struct Standing {
     pub(crate) counts: Counts,
+    pub(crate) size: usize,
+    /// By worth.
+    pub(crate) waiting: [usize; Worth::ALL.len()],
+    pub(crate) shed: [u64; Worth::ALL.len()],
     pub(crate) opening: usize,
     /// Numbers of the idle servers.
     pub(crate) idle: Vec<u64>,
@@ -293,6 +332,7 @@ impl Pool {
             servers: Mutex::default(),
             generation: AtomicU64::new(0),
             opening: AtomicUsize::new(0),
+            shed: Default::default(),
             members: AtomicUsize::new(0),
             last_opening: Mutex::default(),
             warming: AtomicBool::new(false),
@@ -311,9 +351,17 @@ impl Pool {
         let books = lock(&self.books);
         let counts = books.shelf.counts();
         let idle = books.shelf.idle().map(|idle| idle.conn.record.id).collect();
+        let size = books.shelf.bounds().size;
+        let waiting = books.shelf.waiting_by_worth();
         drop(books);
         Standing {
             counts,
+            size,
+            waiting,
+            shed: self
+                .shed
+                .each_ref()
+                .map(|shed| shed.load(Ordering::Relaxed)),
             idle,
             opening: self.opening.load(Ordering::Relaxed),
             servers: self.servers(),
@@ -373,7 +421,7 @@ impl Pool {
     ) -> Result<Checkout, CheckoutError> {
         loop {
             let mut receiver = None;
-            let (taken, terms) = {
+            let (taken, terms, patience) = {
                 let mut ask = Ask(&self.budget);
                 let wake = || {
                     let (sender, awaited) = oneshot::channel();
@@ -382,8 +430,11 @@ impl Pool {
                 };
                 let mut books = lock(&self.books);
                 let (client, kind) = (wish.client, wish.opening);
-                let taken = books.shelf.take(client, kind, now, &mut ask, wake);
-                (taken, books.terms)
+                let taken = books
+                    .shelf
+                    .take(client, kind, wish.worth, now, &mut ask, wake);
+                let patience = books.patience(wish.worth, now, &self.common.shed);
+                (taken, books.terms, patience)
             };
             match taken {
                 Take::Ready(server) => match self.judge(server, terms, now) {
@@ -414,6 +465,8 @@ impl Pool {
                     let within = within.map_or(terms.checkout_timeout, |within| {
                         within.min(terms.checkout_timeout)
                     });
+                    let sheds = patience.filter(|patience| *patience < within);
+                    let within = sheds.unwrap_or(within);
                     let until = Until {
                         deadline: now + within,
                         reserve: terms.reserve_timeout.map(|patience| now + patience),
@@ -422,6 +475,7 @@ impl Pool {
                     return match wait(wished, receiver, until, alarm).await {
                         Some(Grant::Server(checkout)) => Ok(checkout),
                         Some(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
+                        None if sheds.is_some() => Err(self.shed(wish.worth, within)),
                         None => {
                             self.common.counters.timed_out.inc();
                             Err(CheckoutError::TimedOut(within))
@@ -461,6 +515,17 @@ impl Pool {
     /// This client is gone.
     pub(crate) fn disown(&self, client: ClientId) {
         lock(&self.books).shelf.disown(client);
+    }
+
+    /// A request that is worth too little to wait any longer.
+    fn shed(&self, worth: Worth, waited: Duration) -> CheckoutError {
+        self.common.counters.shed[worth as usize].inc();
+        self.shed[worth as usize].fetch_add(1, Ordering::Relaxed);
+        CheckoutError::Shed {
+            worth,
+            waited,
+            waiting: self.counts().waiting,
+        }
     }
 
     fn claim_reserve(self: &Arc<Self>, wished: &Wished<'_>) {
@@ -704,6 +769,7 @@ impl Pool {
                     client: 0,
                     opening: &opening,
                     application_name: "",
+                    worth: Worth::default(),
                 };
                 match pool.open(slot, wish).await {
                     Ok(server) => match reset::prove(&server) {

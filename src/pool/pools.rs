@@ -17,6 +17,7 @@ use tracing::{debug, info};
 use super::budget::{Budget, Load};
 use super::checkout::{Common, Counters, Pool, Standing, lock};
 use super::stats::DatabaseStats;
+use crate::classify::Worth;
 use crate::config;
 use crate::metrics::Registry;
 use crate::server::auth::Credentials;
@@ -87,6 +88,7 @@ impl Pools {
     pub(crate) fn new(
         upstreams: &[Arc<Upstream>],
         settings: &config::Pool,
+        shed: &config::Shed,
         registry: &Registry,
         control: Handle,
     ) -> io::Result<Arc<Self>> {
@@ -106,6 +108,13 @@ impl Pools {
                 "flowgate_checkout_timeouts_total",
                 "requests that got no server in time",
             ),
+            shed: Worth::ALL.map(|worth| {
+                registry.counter(
+                    "flowgate_shed_total",
+                    "requests refused under load, by what they are",
+                    &[("class", worth.name())],
+                )
+            }),
             abandoned: counter(
                 "flowgate_servers_abandoned_total",
                 "servers closed in the middle of a request",
@@ -128,6 +137,7 @@ impl Pools {
             servers: Arc::default(),
             common: Arc::new(Common {
                 counters,
+                shed: shed.clone(),
                 control,
                 changed: Notify::new(),
             }),

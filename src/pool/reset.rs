@@ -100,6 +100,17 @@ pub(crate) async fn lend_statement(
     }
 }
 
+/// Takes away what was prepared for clients under our own names.
+pub(crate) async fn forget_statements(server: &mut ServerConn) -> Result<(), ResetError> {
+    for id in server.statements.take_all() {
+        put_statement_target(&mut server.stream.output, b'C', &id.server_name());
+    }
+    for name in server.to_close.drain(..) {
+        put_statement_target(&mut server.stream.output, b'C', &name);
+    }
+    sync(server).await
+}
+
 /// Takes away what was prepared under a client's own names.
 pub(crate) async fn take_back_statements(server: &mut ServerConn) -> Result<(), ResetError> {
     if server.lent.is_empty() {

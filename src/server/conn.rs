@@ -279,6 +279,11 @@ impl Statements {
     pub(crate) fn clear(&mut self) {
         self.known.clear();
     }
+
+    /// The server is to have none of them any more.
+    pub(crate) fn take_all(&mut self) -> impl Iterator<Item = StatementId> {
+        self.known.drain().map(|(id, _)| id)
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ mod replication;
 mod schema;
 mod session;
 mod sharing;
+mod shedding;
 mod support;
 mod tls;
 mod transcripts;

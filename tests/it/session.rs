@@ -10,7 +10,7 @@ use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, sqlstate, text, try_text};
 use crate::support::raw::{
     Raw, bind_text, close_statement, describe_portal, describe_statement, execute, first_columns,
-    parse, query, sync,
+    flush, parse, query, sync, tags, transcript,
 };
 use crate::support::wait::wait_until;
 
@@ -234,7 +234,7 @@ async fn a_wrong_startup_parameter_is_refused_in_postgres_words() {
                 .into_iter()
                 .filter(|frame| frame.tag == b'E')
                 .collect();
-            said.push(crate::support::raw::transcript(&errors));
+            said.push(transcript(&errors));
         }
         assert_eq!(said[0], said[1], "{parameter:?}");
     }
@@ -789,5 +789,44 @@ async fn a_name_prepared_twice_is_known_to_its_own_client_only() {
         assert!(said.contains("26000"), "{said}");
         assert!(one.ask(&bind).await.contains("D 1"));
     }
+    proxy.shut_down().await;
+}
+
+/// asyncpg prepares with a Flush and no Sync; psycopg asks the view.
+#[tokio::test]
+async fn sql_knows_statements_prepared_by_message_inside_a_request_too() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut other = proxy.raw().await;
+    other
+        .ask(&[parse("theirs", "select 'theirs'"), sync()].concat())
+        .await;
+    let mut one = proxy.raw().await;
+    for (name, sql) in [("mine", "select 7"), ("run", "execute mine")] {
+        one.send(&[parse(name, sql), describe_statement(name), flush()].concat())
+            .await;
+        let described = one.until(b'T').await;
+        assert_eq!(tags(&described), "1tT", "{}", transcript(&described));
+    }
+    let run = [bind_text("", "run", &[]), execute("", 0), sync()].concat();
+    assert_eq!(first_columns(&one.ask_frames(&run).await), ["7"]);
+    one.send(&[parse("again", "select 8"), flush()].concat())
+        .await;
+    one.until(b'1').await;
+    let executed = one.ask_frames(&query("execute again")).await;
+    assert_eq!(first_columns(&executed), ["8"], "{}", transcript(&executed));
+
+    let view = query(
+        "select concat_ws('|', name, statement, from_sql) from pg_prepared_statements order by prepare_time",
+    );
+    assert_eq!(
+        first_columns(&one.ask_frames(&view).await),
+        ["mine|select 7|f", "run|execute mine|f", "again|select 8|f"]
+    );
+    assert_eq!(
+        first_columns(&other.ask_frames(&view).await),
+        ["theirs|select 'theirs'|f"]
+    );
+    assert_eq!(first_columns(&one.ask_frames(&run).await), ["7"]);
     proxy.shut_down().await;
 }

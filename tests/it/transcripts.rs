@@ -48,13 +48,6 @@ const JUSTIFIED: &[(&str, &str, &str, &str, &str)] = &[
         "FIXME: on another server a statement is planned anew, for the table as it is now (docs/design.md §5, what is not built yet)",
     ),
     (
-        "prepared",
-        "from pg_prepared_statements where name like",
-        "D b_@@_|select $1::text || $2::text as both|f\nD f_@@_|rollback|f\nD q_@@_|prepare q_@@_ as select 'also'|t\nD r_@@_|select 'rolled'|f\nD t_@@_|select $1, $2|f\nD u_@@_|select $1::int|f\nC SELECT 6",
-        "D q_@@_|prepare q_@@_ as select 'also'|t\nC SELECT 1",
-        "the view shows the server's statements, which several clients share, by the names the server knows them by",
-    ),
-    (
         "notify",
         "begin; listen m_a_; notify m_a_, 'own'; commit",
         "\nA m_@@_=own",

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::time::Instant;
 
+use crate::classify::Worth;
 use crate::client::live::{Live, Running};
 use crate::client::roster::{self, Entry};
 use crate::client::session::Session;
@@ -607,8 +608,7 @@ impl Show {
             Self::Pins => view.pins(),
             Self::Subscribers => view.subscribers(),
             Self::Parked => view.parked(),
-            // Nothing is limited yet.
-            Self::Limits => Vec::new(),
+            Self::Limits => view.limits(),
             Self::Runs => view.runs(),
             Self::Memo => view.memo(),
         };
@@ -1200,6 +1200,31 @@ impl View<'_> {
                     .row()
             })
             .collect()
+    }
+
+    /// Of all pools of an upstream: the servers there may be and that are in use, and by class who waits and was refused.
+    fn limits(&self) -> Vec<Row> {
+        let pools = self.shared.pools.report();
+        let mut rows = Vec::new();
+        for upstream in self.live.upstreams.iter() {
+            let here = || pools.iter().filter(|pool| pool.upstream == upstream.id);
+            let limit: usize = here().map(|pool| pool.standing.size).sum();
+            let in_use: usize = here()
+                .map(|pool| pool.standing.counts.open - pool.standing.counts.idle)
+                .sum();
+            for worth in Worth::ALL {
+                let at = worth as usize;
+                let row = Writer::new()
+                    .text(&upstream.name)
+                    .text(worth.name())
+                    .int4(limit)
+                    .int4(in_use)
+                    .int4(here().map(|pool| pool.standing.waiting[at]).sum::<usize>())
+                    .int8(here().map(|pool| pool.standing.shed[at]).sum::<u64>());
+                rows.push(row.row());
+            }
+        }
+        rows
     }
 
     /// Those remembered for their freshness, and those somebody listens to.

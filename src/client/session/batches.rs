@@ -10,7 +10,7 @@ use crate::client::prepared::{Asking, Translated};
 use crate::client::reply;
 use crate::client::request::{BatchEnd, Unit};
 use crate::relay::{Expected, Phase};
-use crate::wire::messages::{put_empty, put_frame, query_text};
+use crate::wire::messages::{put_empty, put_frame, put_parse, put_statement_target, query_text};
 
 /// What of a batch has not been handed to the server yet: the bytes from `at` to `len` of its source.
 #[derive(Clone, Copy)]
@@ -182,6 +182,28 @@ impl Session {
         lease.in_flight = true;
     }
 
+    /// Statements that SQL calls by the client's names, inside a request: a Sync of ours would end it.
+    fn lend_on_the_way(&mut self, needs: &[Effect]) {
+        let Some(lease) = self
+            .lease
+            .as_mut()
+            .filter(|_| self.exchange.error.is_none())
+        else {
+            return;
+        };
+        for need in needs {
+            if let Effect::Execute(name) | Effect::Deallocate(name) = need
+                && let Some((text, types)) = self.prepared.text(name.as_bytes())
+            {
+                put_statement_target(&mut lease.stream.output, b'C', name.as_bytes());
+                put_parse(&mut lease.stream.output, name.as_bytes(), text, types);
+                lease.lent.push(name.as_bytes().to_vec());
+                let answers = [Expected::OursClosed(None), Expected::OursOther];
+                self.exchange.expected.extend(answers);
+            }
+        }
+    }
+
     /// The next messages of an open request.
     pub(super) async fn put_more(&mut self) -> Result<(), SessionError> {
         if let Some(remainder) = self.request.remainder.take() {
@@ -191,6 +213,8 @@ impl Session {
         match self.grouping.next_open(self.client.input.bytes())? {
             Unit::Batch { len, end } => {
                 self.take_survey(Source::Input, len, end);
+                let needs: Vec<_> = self.survey.needs().cloned().collect();
+                self.lend_on_the_way(&needs);
                 self.put_batch(Source::Input, len, end);
             }
             // A Query before the Sync. After an error the server ignores it; otherwise it runs it and says ReadyForQuery, which
@@ -198,10 +222,15 @@ impl Session {
             Unit::Query(header) | Unit::FunctionCall(header) if self.exchange.error.is_some() => {
                 self.skip(header.whole).await?
             }
-            Unit::Query(_) | Unit::FunctionCall(_)
+            Unit::Query(header) | Unit::FunctionCall(header)
                 if !std::mem::take(&mut self.request.settled) =>
             {
                 self.request.settled = true;
+                if header.tag == b'Q' {
+                    let text = query_text(body_so_far(self.client.input.bytes(), header));
+                    let analysis = text.map(|text| self.live.classifier.analyse(text));
+                    self.lend_on_the_way(analysis.as_ref().map_or(&[], |known| &known.effects));
+                }
                 if let Some(lease) = self.lease.as_mut() {
                     // An answer that comes after all others: closing a portal that is not there.
                     put_frame(&mut lease.stream.output, b'C', |out| {

@@ -36,7 +36,7 @@ use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, Feeds, RunRef};
+use crate::classify::{Analysis, Effect, Feeds, RunRef, Worth};
 use crate::events::Subscriber;
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
@@ -129,6 +129,8 @@ struct Request {
     effects: Vec<Effect>,
     /// Statements it has bound.
     bound: usize,
+    /// By its first part.
+    worth: Worth,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers.
@@ -302,6 +304,7 @@ impl Session {
         };
         self.transaction.touch(unresolved(analysis.class.run()));
         self.transaction.note_feeds(&analysis);
+        self.request.worth = analysis.class.worth();
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
@@ -375,6 +378,7 @@ impl Session {
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
+        self.request.worth = Worth::default();
         self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
@@ -382,11 +386,15 @@ impl Session {
     /// Parse…Sync, or the part of it up to a Flush.
     async fn extended(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         self.take_survey(Source::Input, len, end);
+        self.request.worth = Worth::default();
         let plan = match self.survey.only() {
-            Some((analysis, run)) => match self.plan(analysis) {
-                Plan::Read(_) => Plan::Read(run),
-                other => other,
-            },
+            Some((analysis, run)) => {
+                self.request.worth = analysis.class.worth();
+                match self.plan(analysis) {
+                    Plan::Read(_) => Plan::Read(run),
+                    other => other,
+                }
+            }
             None => Plan::Primary,
         };
         if self.answers_parse(len, end) {

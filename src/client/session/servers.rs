@@ -42,14 +42,14 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
+            worth: self.request.worth,
         };
         let (mut lease, now) = match pool.take_now(wish, began) {
             Some(lease) => (lease, began),
             None => {
                 self.entry().note_request(began);
                 self.entry().note_waiting(Some(began));
-                // Boxed, or every idle client would keep room for a wait; who waits has an allocation to pay anyway.
-                let lease = Box::pin(self.wait_for_server(&pool, upstream, began)).await;
+                let lease = self.wait_for_server(&pool, upstream, began).await;
                 self.entry().note_waiting(None);
                 (lease?, Instant::now())
             }
@@ -91,6 +91,7 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
+            worth: self.request.worth,
         };
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
         let patience = self.live.config.pool.notice_after;
@@ -160,17 +161,38 @@ impl Session {
                 Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
                 Effect::ListeningChannels => self.lend_subscriptions().await?,
                 Effect::SequenceValue => self.forget_others_draws().await?,
+                Effect::PreparedStatements => self.show_statements().await?,
                 Effect::Execute(name) | Effect::Deallocate(name) => {
-                    let (Some((text, types)), Some(lease)) =
-                        (self.prepared.text(name.as_bytes()), self.lease.as_mut())
-                    else {
-                        continue;
-                    };
-                    let lent = reset::lend_statement(lease, name.as_bytes(), text, types).await;
-                    lent.map_err(server_lost)?;
+                    self.lend_statement(name.as_bytes()).await?
                 }
                 _ => {}
             }
+        }
+        Ok(())
+    }
+
+    async fn lend_statement(&mut self, name: &[u8]) -> Result<(), SessionError> {
+        let (Some((text, types)), Some(lease)) = (self.prepared.text(name), self.lease.as_mut())
+        else {
+            return Ok(());
+        };
+        let lent = reset::lend_statement(lease, name, text, types).await;
+        lent.map_err(server_lost)
+    }
+
+    /// Who asks what is prepared is shown what this client has, under its own names, in the order it prepared them; and nothing
+    /// of others'. (view-pg-prepared-statements.html)
+    async fn show_statements(&mut self) -> Result<(), SessionError> {
+        let Some(lease) = self
+            .lease
+            .as_mut()
+            .filter(|lease| lease.tx != TxStatus::Failed)
+        else {
+            return Ok(());
+        };
+        reset::forget_statements(lease).await.map_err(server_lost)?;
+        for name in self.prepared.names() {
+            self.lend_statement(&name).await?;
         }
         Ok(())
     }

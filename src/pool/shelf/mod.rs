@@ -1,4 +1,5 @@
 //! The books of one pool: which servers are idle, how many are open, who waits. Synchronous, no I/O, no clock.
+//! Who is worth more is served first, equals in the order they came.
 //! INVARIANT: `open` counts every server that exists or is being opened; waiters exist only while no server they could
 //! use is idle, unless the pool is paused. `checkout.rs` keeps it behind a lock that is never held over an await.
 
@@ -8,6 +9,11 @@ mod tests;
 use std::collections::VecDeque;
 
 use tokio::time::Instant;
+
+use crate::classify::Worth;
+
+/// One grant in so many goes to whoever has waited longest, whatever it is worth: nobody waits for ever.
+const IN_TURN: u64 = 8;
 
 /// What the shelf needs to know of a server.
 pub(crate) trait Shelved {
@@ -33,8 +39,10 @@ pub(crate) struct Shelf<S: Shelved, W> {
     open: usize,
     bounds: Bounds,
     paused: bool,
+    /// By worth, the most first, and in the order they came.
     waiters: VecDeque<Waiter<S::Kind, W>>,
     next_ticket: u64,
+    granted: u64,
 }
 
 /// How many servers a pool may have.
@@ -53,6 +61,7 @@ struct Idle<S> {
 struct Waiter<K, W> {
     ticket: u64,
     since: Instant,
+    worth: Worth,
     kind: K,
     wake: W,
 }
@@ -101,6 +110,7 @@ impl<S: Shelved, W> Shelf<S, W> {
             paused,
             waiters: VecDeque::new(),
             next_ticket: 0,
+            granted: 0,
         }
     }
 
@@ -127,6 +137,7 @@ impl<S: Shelved, W> Shelf<S, W> {
         &mut self,
         client: ClientId,
         kind: &S::Kind,
+        worth: Worth,
         now: Instant,
         rooms: &mut R,
         wake: impl FnOnce() -> W,
@@ -158,12 +169,15 @@ impl<S: Shelved, W> Shelf<S, W> {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.waiters.push_back(Waiter {
+        let behind = self.waiters.partition_point(|waiter| waiter.worth >= worth);
+        let waiter = Waiter {
             ticket,
             since: now,
+            worth,
             kind: kind.clone(),
             wake: wake(),
-        });
+        };
+        self.waiters.insert(behind, waiter);
         Take::Wait { ticket, starved }
     }
 
@@ -173,14 +187,15 @@ impl<S: Shelved, W> Shelf<S, W> {
         if self.paused || self.open > size + reserve {
             return Put::Close(server);
         }
-        match self.waiters.front() {
+        let next = self.next_waiter();
+        match next.and_then(|at| self.waiters.get(at)) {
             None if self.open > size => Put::Close(server),
             None => {
                 self.idle.push(Idle { server, owner });
                 Put::Kept
             }
             Some(next) if next.kind != *server.kind() => Put::Close(server),
-            Some(_) => match self.waiters.pop_front() {
+            Some(_) => match next.and_then(|at| self.grant(at)) {
                 Some(waiter) => Put::Hand(server, waiter.wake),
                 None => Put::Close(server),
             },
@@ -222,7 +237,7 @@ impl<S: Shelved, W> Shelf<S, W> {
             };
             (room, Some(self.idle.remove(0).server))
         };
-        match self.waiters.pop_front() {
+        match self.next_waiter().and_then(|at| self.grant(at)) {
             Some(waiter) => Offer::Slot(waiter.wake, room, old),
             None => Offer::Nothing,
         }
@@ -252,6 +267,24 @@ impl<S: Shelved, W> Shelf<S, W> {
             Some(waiter) => Offer::Slot(waiter.wake, room, None),
             None => Offer::Nothing,
         }
+    }
+
+    /// Who is served next, as a place in line.
+    fn next_waiter(&self) -> Option<usize> {
+        if (self.granted + 1).is_multiple_of(IN_TURN) {
+            let oldest = self
+                .waiters
+                .iter()
+                .enumerate()
+                .min_by_key(|(_, waiter)| waiter.ticket);
+            return oldest.map(|(at, _)| at);
+        }
+        (!self.waiters.is_empty()).then_some(0)
+    }
+
+    fn grant(&mut self, at: usize) -> Option<Waiter<S::Kind, W>> {
+        self.granted += 1;
+        self.waiters.remove(at)
     }
 
     /// The waiter with this ticket has given up.
@@ -310,9 +343,22 @@ impl<S: Shelved, W> Shelf<S, W> {
         self.paused = paused;
     }
 
-    /// Since when the first waiter waits.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Since when whoever has waited longest waits.
     pub(crate) fn waiting_since(&self) -> Option<Instant> {
-        self.waiters.front().map(|waiter| waiter.since)
+        self.waiters.iter().map(|waiter| waiter.since).min()
+    }
+
+    /// How many wait for what they are worth.
+    pub(crate) fn waiting_by_worth(&self) -> [usize; Worth::ALL.len()] {
+        let mut waiting = [0; Worth::ALL.len()];
+        for waiter in &self.waiters {
+            waiting[waiter.worth as usize] += 1;
+        }
+        waiting
     }
 
     pub(crate) fn counts(&self) -> Counts {

@@ -58,7 +58,11 @@ fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
             "take" => {
                 let client = number(1) as u64;
                 let wake = || format!("client {client}");
-                match shelf.take(client, &kind(2), now, &mut rooms, wake) {
+                let worth = words.get(3).map_or(Worth::Other, |named| {
+                    let known = Worth::ALL.into_iter().find(|worth| worth.name() == *named);
+                    known.unwrap()
+                });
+                match shelf.take(client, &kind(2), worth, now, &mut rooms, wake) {
                     Take::Ready(server) => format!("ready {}", server.number),
                     Take::Open(()) => "open".into(),
                     Take::Replace(server, ()) => format!("replace {}", server.number),
@@ -301,4 +305,38 @@ fn servers_are_kept_ready_up_to_the_size() {
         ("keep 3", "no"),
     ];
     check(2, &steps);
+}
+
+#[test]
+fn who_is_worth_more_is_served_first_and_nobody_waits_for_ever() {
+    check(
+        1,
+        &[
+            ("take 1 a", "open"),
+            ("take 2 a read", "wait 0"),
+            ("take 3 a other", "wait 1"),
+            ("take 4 a progress", "wait 2"),
+            ("take 5 a other", "wait 3"),
+            ("take 6 a progress", "wait 4"),
+            ("take 7 a start", "wait 5"),
+            ("put 1 a", "1 to client 4"),
+            ("put 1 a", "1 to client 6"),
+            ("put 1 a", "1 to client 3"),
+            ("take 8 a progress", "wait 6"),
+            ("put 1 a", "1 to client 8"),
+            ("take 9 a progress", "wait 7"),
+            ("put 1 a", "1 to client 9"),
+            ("take 10 a progress", "wait 8"),
+            ("put 1 a", "1 to client 10"),
+            ("take 11 a progress", "wait 9"),
+            ("put 1 a", "1 to client 11"),
+            // The eighth is for whoever has waited longest.
+            ("take 12 a progress", "wait 10"),
+            ("put 1 a", "1 to client 2"),
+            ("put 1 a", "1 to client 12"),
+            ("put 1 a", "1 to client 5"),
+            ("put 1 a", "1 to client 7"),
+            ("put 1 a", "kept"),
+        ],
+    );
 }
