@@ -24,11 +24,13 @@ use crate::client::verifiers::VerifierError;
 use crate::client::{
     Entrance, Habits, Peers, Replications, RunTokens, StatementRegistry, Verifiers,
 };
+use crate::coalesce::Flights;
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
+use crate::park::Park;
 use crate::pool::checkout::ClientIds;
 use crate::pool::pools::Pools;
 use crate::pool::probe::Freshness;
@@ -184,6 +186,8 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         statements: StatementRegistry::new(u32::from_ne_bytes(random()?)),
         hubs: Arc::clone(&hubs),
         runs: Arc::new(RunTokens::new(Instant::now())),
+        flights: Arc::new(Flights::new(&registry)),
+        park: Arc::new(Park::new(config.poll.probe, &registry)),
         started: Instant::now(),
         asks_for_draws: false.into(),
         habits: Habits::new(),
@@ -255,6 +259,7 @@ fn route_settings(config: &Config) -> RouteSettings {
     RouteSettings {
         reads: config.route.reads,
         consistency: config.route.consistency,
+        park: config.poll.park,
     }
 }
 

@@ -196,6 +196,10 @@ impl Drop for Landing<'_> {
 pub(crate) struct Wait<'a>(&'a CancelSlot);
 
 impl Wait<'_> {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        lock(&self.0.held).cancelled
+    }
+
     /// Resolves when this wait is cancelled.
     pub(crate) async fn cancelled(&self) {
         poll_fn(|cx| {

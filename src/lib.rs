@@ -26,7 +26,9 @@ pub mod upstream;
 
 // Band 2: mechanisms, strangers to each other.
 pub mod cancel;
+pub mod coalesce;
 pub mod events;
+pub mod park;
 pub mod pool;
 pub mod relay;
 pub mod route;

@@ -26,6 +26,8 @@ use crate::wire::stream::Stream;
 const LOOKED_INTO_MAX: usize = 1024 * 1024;
 /// So much of what waits for the client is moved up when something behind it is swallowed; more is sent first.
 const MOVED_MAX: usize = 4 * 1024;
+/// Of what a client is told, so much is kept for others.
+const CAPTURED_MAX: usize = 256 * 1024;
 /// Bytes a client may send ahead while its request runs; beyond, it waits, as it would for Postgres itself.
 const READ_AHEAD_MAX: usize = 64 * 1024;
 /// After a client closed its sending side: how often to look whether it has closed the other one too.
@@ -43,6 +45,13 @@ pub(crate) struct Exchange {
     pub(crate) expected: VecDeque<Expected>,
     /// The response is held back until it is known not to be a refusal that another server would not make.
     pub(crate) hold: bool,
+    /// With `hold`: the response is held back until its first row or error; one without either is for the session, see
+    /// `take_held`.
+    pub(crate) hold_empty: bool,
+    /// What the client is told is kept here as well, unless it is too much. Outlives `begin`.
+    pub(crate) capture: Option<Vec<u8>>,
+    /// BindComplete is an answer to a message of ours.
+    pub(crate) our_binds: bool,
     /// ReadyForQuery is kept from the client: the session has something to do first.
     pub(crate) keep_ready: bool,
     /// ParseComplete and CloseComplete answers to the client's own messages.
@@ -170,6 +179,13 @@ impl CommandTag {
         self.0.get(..end).unwrap_or_default()
     }
 
+    /// The rows that a SELECT says it has sent.
+    pub(crate) fn rows(&self) -> usize {
+        let text = std::str::from_utf8(&self.0).unwrap_or_default();
+        let count = text.trim_end_matches('\0').rsplit(' ').next();
+        count.and_then(|count| count.parse().ok()).unwrap_or(0)
+    }
+
     pub(crate) fn is(self, command: &str) -> bool {
         self == Self::of(command.as_bytes())
     }
@@ -230,6 +246,17 @@ impl Exchange {
         self.passing > 0
     }
 
+    /// The response so far, if nothing of it was let through: neither a row nor an error.
+    pub(crate) fn take_held(&mut self, server: &mut ServerConn) -> Option<Vec<u8>> {
+        if !std::mem::take(&mut self.hold) {
+            return None;
+        }
+        let held = std::mem::take(&mut self.held);
+        let bytes = server.stream.input.bytes().get(..held)?.to_vec();
+        server.stream.input.consume(held);
+        Some(bytes)
+    }
+
     /// Ready for the next request; keeps its allocations.
     pub(crate) fn begin(&mut self, extended: bool, phase: Phase) {
         let mut expected = std::mem::take(&mut self.expected);
@@ -238,6 +265,7 @@ impl Exchange {
             phase,
             extended,
             expected,
+            capture: self.capture.take(),
             ..Self::default()
         };
     }
@@ -290,7 +318,7 @@ impl Exchange {
                         Poll::Ready(Ok(count)) if count > 0 => continue,
                         Poll::Pending => {}
                         // Nothing of it reached the client, so another server may answer.
-                        Poll::Ready(_) if self.hold || self.refusing => {
+                        Poll::Ready(_) if self.hold && !self.hold_empty || self.refusing => {
                             return Poll::Ready(Ok(Pause::Refused));
                         }
                         Poll::Ready(Ok(_)) => return Poll::Ready(Err(RelayError::ServerClosed)),
@@ -362,6 +390,12 @@ impl Exchange {
                 .unwrap_or_default();
             match client.poll_send(cx, bytes) {
                 Poll::Ready(Ok(count)) => {
+                    if let Some(capture) = &mut self.capture {
+                        capture.extend_from_slice(bytes.get(..count).unwrap_or_default());
+                        if capture.len() > CAPTURED_MAX {
+                            self.capture = None;
+                        }
+                    }
                     server.stream.input.consume(count);
                     self.forward -= count;
                     self.bytes_out += count as u64;
@@ -456,9 +490,10 @@ impl Exchange {
         let misnamed = header.tag == b'E' && names_a_statement(bytes_of(server, header, scanned));
         // What is the server's or ours alone may go from among the client's.
         let ours = answer.is_some_and(|answer| answer.is_swallowed(header.tag));
-        let aside = header.tag == b'A' || ours;
+        let aside = header.tag == b'A' || ours || header.tag == b'2' && self.our_binds;
         let swallow = self.refusing || misnamed || aside || header.tag == b'Z' && self.keep_ready;
-        let cut_out = aside && scanned > 0 && scanned <= MOVED_MAX && !self.refusing;
+        let cut_out =
+            aside && scanned > 0 && (scanned <= MOVED_MAX || self.hold_empty) && !self.refusing;
         if swallow && scanned > 0 && !cut_out {
             self.release_held();
             return Ok(false);
@@ -510,7 +545,7 @@ impl Exchange {
                 self.farewell |= matches!(field(body, b'V'), Some(b"FATAL" | b"PANIC"));
                 self.expected.clear();
                 self.error.get_or_insert(code);
-                if self.hold && is_refusal(&code) {
+                if self.hold && !self.hold_empty && is_refusal(&code) {
                     self.misnamed.clear();
                     self.refusing = true;
                     self.hold = false;
@@ -535,6 +570,7 @@ impl Exchange {
                 }
             }
             b'C' => {
+                decisive = !self.hold_empty;
                 self.tag = CommandTag::of(body);
                 self.commands += 1;
             }

@@ -22,6 +22,8 @@ pub(crate) enum SessionView {
 pub(crate) struct RouteSettings {
     pub(crate) reads: Reads,
     pub(crate) consistency: Consistency,
+    /// `poll.park`
+    pub(crate) park: bool,
 }
 
 /// Where a request goes.
@@ -33,6 +35,8 @@ pub(crate) enum Plan {
     Subscribe(Subscription),
     /// To a replica that has what this session, and these runs, must see; else to the primary.
     Read(RunRef),
+    /// Nowhere yet: a poll that waits here until there is something for it to read.
+    Park,
     /// To the primary, on a server of the pool.
     Primary,
 }
@@ -51,6 +55,7 @@ pub(crate) fn plan(analysis: &Analysis, session: SessionView, settings: RouteSet
         SessionView::Pinned => subscription(analysis).map_or(Plan::Held, Plan::Subscribe),
         SessionView::Free => match subscription(analysis) {
             Some(subscription) => Plan::Subscribe(subscription),
+            None if settings.park && is_poll(analysis) => Plan::Park,
             None => read(analysis, settings).map_or(Plan::Primary, Plan::Read),
         },
     }
@@ -72,6 +77,10 @@ fn subscription(analysis: &Analysis) -> Option<Subscription> {
 fn fits(channel: &str) -> bool {
     let plain = !channel.is_empty() && truncate_identifier(channel) == channel;
     plain || has_bad_cursor(channel) || !matches!(Channel::parse(channel), Channel::Ordinary(_))
+}
+
+fn is_poll(analysis: &Analysis) -> bool {
+    matches!(&analysis.class, StatementClass::Poll(poll) if poll.patience.is_some())
 }
 
 fn read(analysis: &Analysis, settings: RouteSettings) -> Option<RunRef> {
@@ -96,6 +105,7 @@ mod tests {
     const SETTINGS: RouteSettings = RouteSettings {
         reads: Reads::Pgflow,
         consistency: Consistency::Session,
+        park: true,
     };
     const READ: &str = "select pgflow.get_run_with_states($1)";
 
@@ -123,9 +133,26 @@ mod tests {
         check("", "Primary");
         check("begin", "Primary");
         check("select pgflow.start_flow('a', '{}')", "Primary");
-        check("select * from pgflow.read_with_poll($1, 2, 3)", "Primary");
+        check("select * from pgflow.poll_for_tasks($1, 2, 3)", "Primary");
         check(&format!("{READ}; {READ}"), "Primary");
         check(&format!("set work_mem = '1MB'; {READ}"), "Primary");
+    }
+
+    #[test]
+    fn a_poll_outside_a_transaction_waits_here() {
+        let poll = "select * from pgflow.read_with_poll($1, 2, 3)";
+        check(poll, "Park");
+        check_with(poll, SessionView::Transaction, SETTINGS, "Held");
+        check_with(poll, SessionView::Pinned, SETTINGS, "Held");
+        let settings = RouteSettings {
+            park: false,
+            ..SETTINGS
+        };
+        check_with(poll, SessionView::Free, settings, "Primary");
+        check(
+            "select * from pgflow.read_with_poll($1, 2, 3, conditional => '{}')",
+            "Primary",
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Never says Read: that is `sql.rs`'s, with a stricter proof. Called by `classify/mod.rs`.
 
 use super::lexer::{Kind, Token};
-use super::{Arg, PollRef, RunRef, StatementClass};
+use super::{Arg, Feeds, Patience, PollRef, RunRef, StatementClass};
 use crate::pgflow::functions::{Class, Function, function};
 use crate::pgflow::ids;
 
@@ -41,11 +41,40 @@ pub(super) fn class(text: &[u8], tokens: &[Token]) -> Option<(StatementClass, Ar
         Class::Start => StatementClass::Start(run),
         Class::Define => StatementClass::Define,
         Class::Poll if alone => chief
-            .poll()
+            .poll(text, tokens)
             .map_or(StatementClass::Other, StatementClass::Poll),
         Class::Poll | Class::Read | Class::Write => StatementClass::Other,
     };
     Some((class, flow))
+}
+
+/// Which queues a text may fill, as far as it says so.
+pub(super) fn feeds(text: &[u8], statements: &[Vec<Token>], class: &StatementClass) -> Feeds {
+    if matches!(class, StatementClass::Read(_) | StatementClass::Poll(_)) {
+        return Feeds::Nothing;
+    }
+    let fed = statements
+        .iter()
+        .map(|tokens| feeds_of_statement(text, tokens));
+    fed.fold(Feeds::Nothing, |all, fed| all.and(&fed))
+}
+
+fn feeds_of_statement(text: &[u8], tokens: &[Token]) -> Feeds {
+    let ours = |token: &Token| token.names(text, "pgmq") || token.names(text, "pgflow");
+    if !tokens.iter().any(ours) {
+        return Feeds::Nothing;
+    }
+    let first = tokens.first();
+    let query = first.is_some_and(|first| {
+        first.is_word(text, "select") || first.is_word(text, "with") || first.is(b'(')
+    });
+    let changes = |token: &Token| CHANGES.iter().any(|word| token.is_word(text, word));
+    if !query || tokens.iter().any(changes) {
+        return Feeds::Any;
+    }
+    let fed = find(text, tokens);
+    fed.iter()
+        .fold(Feeds::Nothing, |all, call| all.and(&call.feeds()))
 }
 
 /// Statements of these kinds inside make a SELECT more than its calls.
@@ -55,6 +84,8 @@ struct Call {
     function: &'static Function,
     /// Each argument with its place in the function's list.
     args: Vec<(usize, Arg)>,
+    /// For each argument, the tokens it is written in.
+    spans: Vec<(usize, usize)>,
     /// The first token of the name, and the one after the closing parenthesis.
     tokens: (usize, usize),
     /// All arguments found their place.
@@ -79,8 +110,9 @@ impl Call {
         }
     }
 
-    fn poll(&self) -> Option<PollRef> {
-        let named = |name: &str| self.arg(self.function.args.iter().position(|arg| *arg == name));
+    fn poll(&self, text: &[u8], tokens: &[Token]) -> Option<PollRef> {
+        let place = |name: &str| self.function.args.iter().position(|arg| *arg == name);
+        let named = |name: &str| self.arg(place(name));
         let simple = self.understood && self.args.iter().all(|(_, arg)| *arg != Arg::Expression);
         if !simple || named("conditional") != Arg::Absent {
             return None;
@@ -91,7 +123,66 @@ impl Call {
             qty: named("qty"),
             max_poll_seconds: named("max_poll_seconds"),
             poll_interval_ms: named("poll_interval_ms"),
+            patience: self.patience(text, tokens, place("max_poll_seconds")),
         })
+    }
+
+    /// Only of a call that does what it is known to do: the deprecated `poll_for_tasks` does not wait.
+    fn patience(&self, text: &[u8], tokens: &[Token], place: Option<usize>) -> Option<Patience> {
+        if self.function.name != "read_with_poll" {
+            return None;
+        }
+        let given = self.args.iter().position(|(at, _)| Some(*at) == place);
+        let Some(given) = given else {
+            let close = tokens.get(self.tokens.1.checked_sub(1)?)?;
+            return Some(Patience::Missing { at: close.start });
+        };
+        let (start, end) = *self.spans.get(given)?;
+        let written = tokens.get(start..end)?;
+        match &self.args.get(given)?.1 {
+            // The value leaves with its cast, so that must be one that could not have failed.
+            Arg::Literal(_) if is_plain_integer(text, written) => Some(Patience::Written {
+                start: written.first()?.start,
+                end: written.last()?.end,
+            }),
+            Arg::Param(number) => {
+                let same = |token: &&Token| token.kind == Kind::Param(*number);
+                let alone = tokens.iter().filter(same).count() == 1;
+                alone.then_some(Patience::Bound(*number))
+            }
+            Arg::Literal(_) | Arg::Absent | Arg::Null | Arg::Expression => None,
+        }
+    }
+
+    fn feeds(&self) -> Feeds {
+        let one = |place: Option<usize>| match self.arg(place) {
+            Arg::Literal(queue) => Feeds::Queue(queue.to_ascii_lowercase()),
+            Arg::Absent | Arg::Null | Arg::Param(_) | Arg::Expression => Feeds::Any,
+        };
+        match (self.function.class, self.function.name) {
+            (Class::Read | Class::Poll, _)
+            | (Class::Progress, "start_tasks" | "archive" | "delete")
+            | (Class::Write, "read" | "pop" | "create" | "create_unlogged")
+            | (Class::Define, "create_flow" | "add_step") => Feeds::Nothing,
+            (Class::Start, _)
+            | (Class::Progress, "set_vt" | "set_vt_batch")
+            | (Class::Write, "send" | "send_batch") => one(self.function.queue_arg()),
+            (Class::Progress | Class::Define | Class::Write, _) => Feeds::Any,
+        }
+    }
+}
+
+/// `2`, or `2::int`.
+fn is_plain_integer(text: &[u8], tokens: &[Token]) -> bool {
+    let integer = |token: &Token| {
+        ["int", "integer", "int4"]
+            .iter()
+            .any(|name| token.is_word(text, name))
+    };
+    match tokens {
+        [_] => true,
+        [_, cast, kind] => is_cast(text, *cast) && integer(kind),
+        _ => false,
     }
 }
 
@@ -122,6 +213,7 @@ fn read_call(text: &[u8], tokens: &[Token], at: usize, function: &'static Functi
     let mut call = Call {
         function,
         args: Vec::new(),
+        spans: Vec::new(),
         tokens: (at, tokens.len()),
         understood: true,
     };
@@ -132,14 +224,14 @@ fn read_call(text: &[u8], tokens: &[Token], at: usize, function: &'static Functi
             Kind::Punct(b'(' | b'[') => depth += 1,
             Kind::Punct(b')') if depth == 0 => {
                 if n > open {
-                    call.take(text, &tokens[start..n]);
+                    call.take(text, tokens, start, n);
                 }
                 call.tokens.1 = n + 1;
                 return call;
             }
             Kind::Punct(b')' | b']') => depth = depth.saturating_sub(1),
             Kind::Punct(b',') if depth == 0 => {
-                call.take(text, &tokens[start..n]);
+                call.take(text, tokens, start, n);
                 start = n + 1;
             }
             _ => {}
@@ -150,19 +242,25 @@ fn read_call(text: &[u8], tokens: &[Token], at: usize, function: &'static Functi
 }
 
 impl Call {
-    fn take(&mut self, text: &[u8], tokens: &[Token]) {
+    /// The argument written in the tokens from `start` to `end`.
+    fn take(&mut self, text: &[u8], all: &[Token], start: usize, end: usize) {
+        let tokens = &all[start..end];
         let named = tokens.get(1).is_some_and(|token| {
             token.kind == Kind::Operator && matches!(token.bytes(text), b"=>" | b":=")
         });
         if !named {
             self.args.push((self.args.len(), value(text, tokens)));
+            self.spans.push((start, end));
             return;
         }
         let place = tokens[0]
             .name(text)
             .and_then(|name| self.function.args.iter().position(|arg| *arg == name));
         match place {
-            Some(place) => self.args.push((place, value(text, &tokens[2..]))),
+            Some(place) => {
+                self.args.push((place, value(text, &tokens[2..])));
+                self.spans.push((start + 2, end));
+            }
             None => self.understood = false,
         }
     }

@@ -39,6 +39,28 @@ pub(crate) struct Analysis {
     pub(crate) statements: usize,
     /// The flow a Progress, Start or Define call names.
     pub(crate) flow: Arg,
+    /// The queues it may put messages into, or make messages of visible.
+    pub(crate) feeds: Feeds,
+}
+
+/// Queues in which there may be something to read once a statement has committed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Feeds {
+    #[default]
+    Nothing,
+    Queue(String),
+    Any,
+}
+
+impl Feeds {
+    pub(crate) fn and(self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Nothing, other) => other.clone(),
+            (known, Self::Nothing) => known,
+            (Self::Queue(one), Self::Queue(other)) if one == *other => Self::Queue(one),
+            (Self::Queue(_) | Self::Any, Self::Queue(_) | Self::Any) => Self::Any,
+        }
+    }
 }
 
 impl Analysis {
@@ -49,6 +71,7 @@ impl Analysis {
             effects: Vec::new(),
             statements: 1,
             flow: Arg::Absent,
+            feeds: Feeds::Nothing,
         })
     }
 
@@ -59,6 +82,7 @@ impl Analysis {
             effects: vec![Effect::Opaque(0)],
             statements: 1,
             flow: Arg::Absent,
+            feeds: Feeds::Nothing,
         })
     }
 
@@ -179,6 +203,31 @@ pub(crate) struct PollRef {
     pub(crate) qty: Arg,
     pub(crate) max_poll_seconds: Arg,
     pub(crate) poll_interval_ms: Arg,
+    /// Where its text or its parameters say how long it waits; `None`: it cannot be made to wait less.
+    pub(crate) patience: Option<Patience>,
+}
+
+/// How a poll is made to look for a shorter time than it asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// `max_poll_seconds` is written in the text here.
+    Written { start: usize, end: usize },
+    /// It is not given; an argument more may be written here.
+    Missing { at: usize },
+    /// It is this parameter, which stands for nothing else.
+    Bound(u16),
+}
+
+impl Patience {
+    /// The text of a poll that looks for so many seconds; `None`: it is for the parameter to say.
+    pub(crate) fn text(self, text: &[u8], seconds: u32) -> Option<Vec<u8>> {
+        let (start, end, words) = match self {
+            Self::Written { start, end } => (start, end, seconds.to_string()),
+            Self::Missing { at } => (at, at, format!(", max_poll_seconds => {seconds}")),
+            Self::Bound(_) => return None,
+        };
+        Some([text.get(..start)?, words.as_bytes(), text.get(end..)?].concat())
+    }
 }
 
 /// What a statement does to its session if it succeeds.
@@ -298,6 +347,7 @@ impl Classifier {
                 effects: effects.to_vec(),
                 statements,
                 flow: Arg::Absent,
+                feeds: Feeds::Nothing,
             })
         };
         Self {
@@ -456,11 +506,13 @@ fn analyse(text: &[u8], reads: Reads) -> Analysis {
         | StatementClass::Define
         | StatementClass::Other => class,
     };
+    let feeds = calls::feeds(text, &split.statements, &class);
     Analysis {
         class,
         effects: found,
         statements: split.statements.len(),
         flow,
+        feeds,
     }
 }
 

@@ -612,6 +612,21 @@ impl Prepared {
         })
     }
 
+    /// What the client was promised of a statement's rows, in words of its own.
+    pub(super) fn promise(&self, name: &[u8]) -> String {
+        let named = self.named.get(name);
+        named.map_or_else(String::new, |named| format!("{:?}", named.shape))
+    }
+
+    /// The same of any statement of this client's, the unnamed one too, if it was kept.
+    pub(super) fn source(&self, name: &[u8]) -> Option<(&[u8], &[u8])> {
+        if !name.is_empty() {
+            return self.text(name);
+        }
+        let parse = Parse::read(self.unnamed.as_ref()?.parse.get(HEADER..)?)?;
+        Some((parse.text, parse.types))
+    }
+
     /// Makes sure that the server's unnamed statement is this client's, or is none if it has none.
     fn bring_unnamed(&mut self, step: &mut Step<'_>) {
         if self.holds_unnamed(step.server) {

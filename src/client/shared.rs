@@ -15,8 +15,10 @@ use super::roster::Roster;
 use super::run_tokens::RunTokens;
 use super::state::{PIN_REASONS, PinReason, Pins};
 use crate::cancel::CancelRegistry;
+use crate::coalesce::Flights;
 use crate::events::Hubs;
 use crate::metrics::{Counter, Gauge, Registry};
+use crate::park::Park;
 use crate::pool::checkout::ClientIds;
 use crate::pool::pools::Pools;
 
@@ -66,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) statements: StatementRegistry,
     pub(crate) hubs: Arc<Hubs>,
     pub(crate) runs: Arc<RunTokens>,
+    pub(crate) park: Arc<Park>,
+    pub(crate) flights: Arc<Flights>,
     /// When the proxy was started.
     pub(crate) started: tokio::time::Instant,
     /// Some client has asked for the value it drew from a sequence.

@@ -66,6 +66,21 @@ impl Settings {
         settings
     }
 
+    /// All of them but the application's name, in an order and spelling of its own: equal words, equal settings.
+    pub(crate) fn words(&self) -> impl Iterator<Item = &str> {
+        let others = self
+            .values
+            .iter()
+            .filter(|(name, _)| *name != APPLICATION_NAME);
+        others.flat_map(|(name, sql)| [name.as_str(), sql.as_str()])
+    }
+
+    /// The application's name, too.
+    pub(crate) fn all_words(&self) -> impl Iterator<Item = &str> {
+        let all = self.values.iter();
+        all.flat_map(|(name, sql)| [name.as_str(), sql.as_str()])
+    }
+
     /// The same, with the application's name as in `other`.
     pub(crate) fn renamed_as(&self, other: &Self) -> Self {
         let mut renamed = self.clone();

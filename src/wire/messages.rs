@@ -71,6 +71,11 @@ impl<'a> Bind<'a> {
             .map(|(_, value)| value)
     }
 
+    /// The bytes of parameter `number`, in whichever format they came: of a text they are the same in both.
+    pub(crate) fn any_parameter(&self, number: u16) -> Option<&'a [u8]> {
+        self.parameter(number).map(|(_, value)| value)
+    }
+
     /// The value of a uuid parameter sent in binary format.
     pub(crate) fn uuid_parameter(&self, number: u16) -> Option<uuid::Uuid> {
         let (binary, value) = self.parameter(number)?;
@@ -79,6 +84,43 @@ impl<'a> Bind<'a> {
         } else {
             None
         }
+    }
+
+    /// The value of an integer parameter, in either format.
+    pub(crate) fn integer_parameter(&self, number: u16) -> Option<i64> {
+        let (binary, value) = self.parameter(number)?;
+        if !binary {
+            return std::str::from_utf8(value).ok()?.trim().parse().ok();
+        }
+        match *value {
+            [a, b] => Some(i16::from_be_bytes([a, b]).into()),
+            [a, b, c, d] => Some(i32::from_be_bytes([a, b, c, d]).into()),
+            [a, b, c, d, e, f, g, h] => Some(i64::from_be_bytes([a, b, c, d, e, f, g, h])),
+            _ => None,
+        }
+    }
+
+    /// Its formats, parameters and result formats, with another value for a parameter that is a small integer, in the format
+    /// it came in.
+    pub(crate) fn with_integer(&self, number: u16, value: u8) -> Option<Vec<u8>> {
+        let (binary, old) = self.parameter(number)?;
+        let mut new = value.to_string().into_bytes();
+        if binary {
+            new = vec![0; old.len()];
+            *new.last_mut()? = value;
+        }
+        let (formats, rest) = take_u16(self.rest)?;
+        let mut left = take_u16(rest.get(usize::from(formats) * 2..)?)?.1;
+        for _ in 1..number {
+            let (length, after) = left.split_first_chunk::<4>()?;
+            // Null has no bytes.
+            let length = usize::try_from(i32::from_be_bytes(*length)).unwrap_or(0);
+            left = after.get(length..)?;
+        }
+        let before = self.rest.get(..self.rest.len() - left.len())?;
+        let after = left.get(4 + old.len()..)?;
+        let length = u32::try_from(new.len()).ok()?.to_be_bytes();
+        Some([before, &length, &new, after].concat())
     }
 
     /// How many parameters are sent.

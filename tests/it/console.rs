@@ -68,7 +68,7 @@ const COLUMNS: &[(&str, &str)] = &[
     ("ROUTES", "destination requests"),
     ("PINS", "reason pins clients"),
     ("SUBSCRIBERS", "database channel kind subscribers queued"),
-    ("PARKED", "database queue waiting longest_ms"),
+    ("PARKED", "database queue waiting reading longest_ms"),
     ("LIMITS", "upstream class limit in_use queued refused"),
     ("RUNS", "run_id writing seen_ms_ago subscribers"),
     (

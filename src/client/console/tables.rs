@@ -455,6 +455,7 @@ const PARKED: &[Column] = &[
     text("database"),
     text("queue"),
     int4("waiting"),
+    int4("reading"),
     int8("longest_ms"),
 ];
 
@@ -606,8 +607,7 @@ impl Show {
             Self::Routes => view.routes(),
             Self::Pins => view.pins(),
             Self::Subscribers => view.subscribers(),
-            // Nothing is parked yet.
-            Self::Parked => Vec::new(),
+            Self::Parked => view.parked(),
             Self::Limits => view.limits(),
             Self::Runs => view.runs(),
             Self::Memo => view.memo(),
@@ -1182,6 +1182,21 @@ impl View<'_> {
                     .text(channel.kind)
                     .int4(channel.subscribers)
                     .int8(channel.queued)
+                    .row()
+            })
+            .collect()
+    }
+
+    fn parked(&self) -> Vec<Row> {
+        let queues = self.shared.park.report().into_iter();
+        queues
+            .map(|queue| {
+                Writer::new()
+                    .text(queue.name.database.as_str())
+                    .text(queue.name.queue.as_str())
+                    .int4(queue.waiting)
+                    .int4(queue.reading)
+                    .int8(u64::try_from(queue.longest.as_millis()).unwrap_or(u64::MAX))
                     .row()
             })
             .collect()

@@ -68,8 +68,9 @@ impl Session {
         if let Some(run) = self.survey.written_run() {
             self.note_write(run);
         }
-        for (_, run) in &self.survey.bound {
+        for (analysis, run) in &self.survey.bound {
             self.transaction.touch(*run);
+            self.transaction.note_feeds(analysis);
         }
         self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);
         let whole = Remainder {

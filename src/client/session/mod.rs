@@ -3,13 +3,15 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `servers` the one in hand · `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it
-//! all amounts to.
+//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too · `servers` the one in hand ·
+//! `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
 
 mod batches;
 mod outside;
+mod parking;
 mod replica;
 mod servers;
+mod sharing;
 mod subscriptions;
 mod tally;
 mod waiting;
@@ -35,7 +37,7 @@ use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, RunRef, Worth};
+use crate::classify::{Analysis, Effect, Feeds, RunRef, Worth};
 use crate::events::Subscriber;
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
@@ -81,6 +83,10 @@ pub(super) struct Session {
     seen_until: Instant,
     /// The replica that answered last, and when.
     last_replica: Option<(usize, Instant)>,
+    /// What those have seen who will have this session's answer.
+    shared_floor: Option<Instant>,
+    /// Its last poll found nothing.
+    polled_in_vain: bool,
 
     grouping: Grouping,
     survey: Survey,
@@ -149,6 +155,8 @@ struct Transaction {
     long_names: Vec<String>,
     /// What its server was notified of, if it ran LISTEN or UNLISTEN.
     heard: Overheard,
+    /// The queues it may put messages into.
+    feeds: Feeds,
 }
 
 impl Transaction {
@@ -214,6 +222,8 @@ impl Session {
             subscriber: None,
             seen_until: Instant::now(),
             last_replica: None,
+            shared_floor: None,
+            polled_in_vain: false,
             grouping: Grouping::default(),
             survey: Survey::default(),
             exchange: Exchange::default(),
@@ -300,24 +310,35 @@ impl Session {
             }
         };
         self.transaction.touch(unresolved(analysis.class.run()));
+        self.transaction.note_feeds(&analysis);
         self.request.worth = analysis.class.worth();
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
-            Plan::Read(run) => {
-                let Some(upstream) = self.fresh_replica(run).await else {
-                    return self.run_query(Source::Input, header.whole, &analysis).await;
-                };
-                self.keep(header.whole);
-                if self.query_replica(upstream, &analysis).await? {
-                    return Ok(());
-                }
-                self.run_query(Source::Kept, self.kept.len(), &analysis)
-                    .await
-            }
+            Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
+            // Boxed, or every idle client would keep room for it.
+            Plan::Park => Box::pin(self.park_query(header, &analysis)).await,
             Plan::Primary | Plan::Held => {
                 self.run_query(Source::Input, header.whole, &analysis).await
             }
         }
+    }
+
+    /// A simple Query that reads: on a replica that is fresh enough, or on the primary.
+    async fn read_query(
+        &mut self,
+        header: Header,
+        analysis: &Arc<Analysis>,
+        run: RunRef,
+    ) -> Result<(), SessionError> {
+        let Some(upstream) = self.fresh_replica(run).await else {
+            return self.run_query(Source::Input, header.whole, analysis).await;
+        };
+        self.keep(header.whole);
+        if self.query_replica(upstream, analysis).await? {
+            return Ok(());
+        }
+        self.run_query(Source::Kept, self.kept.len(), analysis)
+            .await
     }
 
     /// A simple Query on the server in hand, or on the primary.
@@ -392,10 +413,9 @@ impl Session {
                 return self.subscribe_extended(len, &change).await;
             }
             Plan::Read(run) if self.still_reads(end) => {
-                if let Some(upstream) = self.fresh_replica(run).await {
-                    return self.extended_replica(upstream, len, end).await;
-                }
+                return Box::pin(self.share_batch(len, end, run)).await;
             }
+            Plan::Park => return Box::pin(self.park_batch(len, end)).await,
             Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
         }
         self.run_extended(Source::Input, len, end).await
@@ -526,6 +546,7 @@ impl Session {
             self.seen_until = now;
             let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
             self.transaction.writing = None;
+            self.feed();
             self.shared.runs.seen(touched);
         }
         if consequences.settings_changed

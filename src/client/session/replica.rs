@@ -44,13 +44,15 @@ impl Session {
     }
 
     /// What a replica must have replayed for this session's read of `run`.
-    fn floor(&self, run: RunRef) -> Instant {
-        match self.live.route.consistency {
+    pub(super) fn floor(&self, run: RunRef) -> Instant {
+        let own = match self.live.route.consistency {
             Consistency::Eventual => self.shared.started,
             Consistency::Session | Consistency::Primary => {
                 self.shared.runs.since(run).max(self.seen_until)
             }
-        }
+        };
+        // Those who are to have the same answer have seen more, perhaps.
+        self.shared_floor.map_or(own, |others| own.max(others))
     }
 
     /// Runs the kept Query on a replica. `false`: it did not answer, and nothing has reached the client.

@@ -450,6 +450,14 @@ impl Frame {
         strings
     }
 
+    /// The columns of a row as text.
+    pub(crate) fn texts(&self) -> Vec<String> {
+        let columns = self.columns().into_iter();
+        columns
+            .map(|column| column.unwrap_or_else(|| "null".to_owned()))
+            .collect()
+    }
+
     fn columns(&self) -> Vec<Option<String>> {
         let mut at = 2;
         let mut columns = Vec::new();
