@@ -83,7 +83,16 @@ fn calls_unknown(s: Words<'_>, at: usize) -> bool {
             .is_some_and(|name| catalog::is_known(name.as_bytes()))
     };
     let head = if qualified { at - 2 } else { at };
-    !known && (head == 0 || !s.punct(head - 1, b')') && !s.any(head - 1, BEFORE_COLUMNS))
+    // Behind a parenthesis stands an alias; but not behind that of DISTINCT ON (…) or OPERATOR(…).
+    let may_follow = || {
+        (0..head).any(|at| {
+            s.is(at, "distinct") && s.is(at + 1, "on")
+                || s.is(at, "operator") && s.punct(at + 1, b'(')
+        })
+    };
+    !known
+        && (head == 0
+            || (!s.punct(head - 1, b')') || may_follow()) && !s.any(head - 1, BEFORE_COLUMNS))
 }
 
 /// The same at first sight: whether a text may hold such a call. Literals and comments count too.
@@ -92,7 +101,10 @@ pub(super) fn may_call(text: &[u8]) -> bool {
         let before = text[..open].trim_ascii_end();
         let (before, name, quoted) = split_name(before);
         if name.is_empty() {
-            return quoted;
+            // A comment may stand between a name and its parenthesis.
+            return quoted
+                || before.ends_with(b"*/")
+                || memchr::memmem::find(before, b"--").is_some();
         }
         let lower = |word: &[u8]| word.to_ascii_lowercase();
         let (before, known) = match before.split_last() {

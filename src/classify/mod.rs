@@ -330,6 +330,8 @@ impl Classifier {
                 "database",
                 "listening_channels",
                 "pg_prepared_statement",
+                "distinct on",
+                "operator(",
                 "pg_notify",
                 "currval",
                 "lastval",

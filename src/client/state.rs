@@ -112,6 +112,8 @@ pub(crate) struct State {
     uncommitted: Vec<Effect>,
     /// The transaction under way has run code that is not in its text.
     opaque: Option<u32>,
+    /// Some has been run since the session began or was discarded: its server may have settings that are not in `settings`.
+    pub(crate) hides: bool,
 }
 
 impl State {
@@ -126,13 +128,23 @@ impl State {
             pins,
             uncommitted: Vec::new(),
             opaque: None,
+            hides: false,
         }
     }
 
-    /// Whether the transaction that has just ended may have left something on the server that its text does not tell; of one
-    /// that is tied to its server nobody need know.
+    /// Whether what ran so far may have left something on the server that its text does not tell; of a client that is tied to
+    /// its server nobody need know before it is let go.
     pub(crate) fn take_opaque(&mut self) -> Option<u32> {
-        self.opaque.take().filter(|_| self.pins.is_empty())
+        if self.pins.is_empty() {
+            self.opaque.take()
+        } else {
+            None
+        }
+    }
+
+    /// Code has run that is not in its text, and nobody has asked what it left.
+    pub(crate) fn ran_opaque(&self) -> bool {
+        self.opaque.is_some()
     }
 
     /// Takes in what a request did. Call `forget_transaction` once the consequences have been seen to.
@@ -181,6 +193,7 @@ impl State {
                 }
                 Effect::DiscardAll => {
                     self.pins = self.pins.only(PinReason::SessionMode);
+                    self.hides = false;
                     consequences.discarded_all = true;
                     self.uncommitted.push(effect.clone());
                 }

@@ -457,6 +457,22 @@ impl State {
         );
         for (stream, mailbox) in members {
             let mut inbox = mailbox.lock();
+            if inbox.takes_events() {
+                // For those there are no ordinary channels.
+                let waiter = waiters.remove(&stream);
+                if waiter.is_some() {
+                    inbox.remove(stream);
+                }
+                drop(inbox);
+                match waiter {
+                    Some(waiter) => {
+                        let why = "this database has no outbox; see flowgate install";
+                        answer(waiter, Err(EventsError::Upstream(why.to_owned())));
+                    }
+                    None => self.evict(&mailbox, CutReason::ListenerLost),
+                }
+                continue;
+            }
             let Some(spelling) = inbox.spelling(stream) else {
                 continue;
             };
@@ -700,7 +716,7 @@ impl Hub {
                 (stream, Listened::Anew)
             }
         };
-        if inbox.ask_pages() {
+        if inbox.ask_pages() || after.is_some() {
             state.hungry.push_back(Arc::clone(mailbox));
         }
         drop(inbox);

@@ -320,6 +320,10 @@ impl Inbox {
             .collect()
     }
 
+    pub(super) fn takes_events(&self) -> bool {
+        self.takes == Takes::Events
+    }
+
     pub(super) fn new(bounds: Bounds, takes: Takes) -> Self {
         Self {
             takes,
@@ -538,11 +542,16 @@ impl Inbox {
     /// The hub has taken note of the wish for pages: these are it. Empty while there is no room.
     pub(super) fn pages(&mut self) -> Vec<Page> {
         self.asked = false;
-        if self.cut.is_some() || !self.is_low() {
+        if self.cut.is_some() {
             return Vec::new();
         }
+        // Whoever asked may read on only when told that it is in force: that needs no room, rows do (`page`).
+        let low = self.is_low();
+        let asked =
+            |stream: &Stream| matches!(stream.phase, Phase::Paging(Paging::First(Why::Asked)));
         self.streams
             .iter()
+            .filter(|(_, stream)| low || asked(stream))
             .filter_map(|(&id, stream)| page(id, stream))
             .collect()
     }
@@ -691,7 +700,7 @@ impl Inbox {
     /// A new connection: what was asked of the last one was not answered.
     pub(super) fn ask_pages_anew(&mut self) -> bool {
         self.asked = false;
-        self.ask_pages()
+        self.ask_pages() || self.paging > 0
     }
 
     pub(super) fn cut(&mut self, reason: CutReason) {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -32,7 +33,7 @@ pub(super) struct Database {
     url: ConnectUrl,
     wait: Duration,
     permits: Arc<Semaphore>,
-    idle: Mutex<Vec<Client>>,
+    idle: Mutex<Vec<Kept>>,
     refused: Arc<Counter>,
 }
 
@@ -86,10 +87,32 @@ pub(super) enum DbError {
     },
 }
 
-struct Lease {
+struct Kept {
     client: Client,
+    connection: JoinHandle<()>,
+}
+
+struct Lease {
+    kept: Option<Kept>,
     fresh: bool,
-    permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+/// Dropped half-way, its statement goes on in Postgres: the place is free when that has ended.
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let (Some(kept), permit) = (self.kept.take(), self.permit.take()) else {
+            return;
+        };
+        let Kept { client, connection } = kept;
+        drop(client);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                drop(timeout(SILENCE_MAX, connection).await);
+                drop(permit);
+            });
+        }
+    }
 }
 
 impl Database {
@@ -151,12 +174,12 @@ impl Database {
         loop {
             let idle = self.idle().pop();
             match idle {
-                Some(client) if client.is_closed() => {}
-                Some(client) => {
+                Some(kept) if kept.client.is_closed() => {}
+                Some(kept) => {
                     return Ok(Lease {
-                        client,
+                        kept: Some(kept),
                         fresh: false,
-                        permit,
+                        permit: Some(permit),
                     });
                 }
                 None => break,
@@ -166,25 +189,23 @@ impl Database {
             .await
             .map_err(|error| DbError::Unreachable(words(&error)))?;
         // Ends with its client.
-        tokio::spawn(async move { drop(connection.await) });
+        let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(Lease {
-            client,
+            kept: Some(Kept { client, connection }),
             fresh: true,
-            permit,
+            permit: Some(permit),
         })
     }
 
-    async fn run(&self, lease: Lease, script: &str, as_other: bool) -> Result<Answer, DbError> {
-        let Lease {
-            client,
-            fresh: _,
-            permit,
-        } = lease;
+    async fn run(&self, mut lease: Lease, script: &str, as_other: bool) -> Result<Answer, DbError> {
+        let Some(Kept { client, .. }) = &lease.kept else {
+            return Err(DbError::Unreachable("no connection".to_owned()));
+        };
         let mut answer = Answer::default();
         let mut role_set = !as_other;
         let asked = timeout(
             SILENCE_MAX,
-            gather(&client, script, &mut answer, &mut role_set),
+            gather(client, script, &mut answer, &mut role_set),
         )
         .await
         .map_err(|_elapsed| DbError::Unreachable(format!("no answer within {SILENCE_MAX:?}")))?;
@@ -202,13 +223,14 @@ impl Database {
                 Err(failed)
             }
         };
-        self.idle().push(client);
-        drop(permit);
+        if let Some(kept) = lease.kept.take() {
+            self.idle().push(kept);
+        }
         outcome
     }
 
     /// Pushing and popping leave nothing half-done.
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Client>> {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -218,8 +240,10 @@ fn script(question: &Question<'_>) -> String {
         Access::Read => "isolation level repeatable read read only",
         Access::Write => "isolation level read committed read write",
     };
-    let mut script =
-        format!("begin transaction {mode}; set local statement_timeout = '{STATEMENT_MAX}'; ");
+    // As ourselves, nobody else's functions are found.
+    let mut script = format!(
+        "begin transaction {mode}; set local statement_timeout = '{STATEMENT_MAX}'; set local search_path = ''; "
+    );
     if !question.before.is_empty() {
         script += question.before;
         script += "; ";

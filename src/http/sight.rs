@@ -161,7 +161,10 @@ impl Sight {
         }
         let sql = format!("select 1 from pgflow.runs as r where r.run_id = '{run}'");
         let shown = !self.ask(identity, &sql).await?.is_empty();
-        self.remember(key, Seen::Run(shown));
+        // A run asked for by its id may not have begun; one that an event tells of has.
+        if shown || age_max == self.recheck {
+            self.remember(key, Seen::Run(shown));
+        }
         Ok(shown)
     }
 

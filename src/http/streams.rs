@@ -45,6 +45,8 @@ const HEARTBEAT: Duration = Duration::from_secs(15);
 const RETRY: &[u8] = b"retry: 1000\n\n";
 /// Rows of one page of what a stream resumes with.
 const PAGE: usize = 500;
+/// And of it what Postgres stores, compressed; one row always.
+const PAGE_BYTES: usize = 1 << 20;
 /// The longest cursor: a snapshot names every transaction in progress.
 const CURSOR_MAX: usize = 64 * 1024;
 
@@ -472,7 +474,7 @@ impl Stream {
             Delivery::Event(event) => {
                 let known = self.past.as_ref();
                 let known = known.is_some_and(|past| past.seen.sees(event.xid));
-                if known || !self.shows(&event.topic).await {
+                if known || event.private || !self.shows(&event.topic).await {
                     return;
                 }
                 let bytes = match self.scope {
@@ -539,7 +541,9 @@ impl Stream {
             return;
         };
         let (seen, cursor) = (seen.clone(), rest.cursor.clone());
-        let short = answer.rows.len() < PAGE;
+        let first = answer.rows.first().and_then(|row| row.get(4)?.as_deref());
+        let found = first.and_then(|found| found.parse::<usize>().ok());
+        let short = found.is_none_or(|found| found < PAGE && answer.rows.len() == found);
         let mut last_id = rest.last_id;
         for row in &answer.rows {
             let column = |at: usize| row.get(at).and_then(Option::as_deref);
@@ -575,9 +579,9 @@ impl Stream {
 fn page_sql(scope: &Scope, seen: &Snapshot, rest: &Rest) -> String {
     let Rest { cursor, last_id } = rest;
     let mut sql = format!(
-        "select e.id, e.topic, e.seq, e.payload::text from flowgate.event as e \
+        "select e.id, e.topic, e.seq, e.payload, pg_column_size(e.payload) as size from flowgate.event as e \
          where ({}) and (e.id > {} or {}) and e.id > {last_id} \
-         and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.topic like 'pgflow:%'",
+         and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.topic like 'pgflow:%' and not e.private",
         cursor.before.unseen(),
         cursor.id,
         cursor.now.unseen(),
@@ -592,7 +596,11 @@ fn page_sql(scope: &Scope, seen: &Snapshot, rest: &Rest) -> String {
         )
         .expect("a String takes all");
     }
-    sql + &format!(" order by e.id limit {PAGE}")
+    format!(
+        "select q.id, q.topic, q.seq, q.payload::text, q.found from (select p.*, count(*) over () as found, \
+         sum(p.size) over (order by p.id) - p.size as so_far from ({sql} order by e.id limit {PAGE}) as p) as q \
+         where q.so_far < {PAGE_BYTES} order by q.id"
+    )
 }
 
 /// Payloads are what Postgres prints of `jsonb`: no line ends in them.

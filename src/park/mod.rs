@@ -34,6 +34,8 @@ const GAP: Duration = Duration::from_millis(3);
 pub(crate) struct QueueName {
     pub(crate) database: String,
     pub(crate) queue: String,
+    /// Equal for those who see the same of it: role and settings.
+    pub(crate) seen_as: u64,
 }
 
 pub(crate) struct Park {
@@ -147,6 +149,7 @@ impl Park {
         self: &Arc<Self>,
         name: QueueName,
         quantity: usize,
+        kind: u64,
         eager: bool,
     ) -> Option<Ticket> {
         let now = Instant::now();
@@ -163,7 +166,7 @@ impl Park {
         let queue = queues
             .entry(Arc::clone(&name))
             .or_insert_with(|| Queue::new(now));
-        let id = queue.enter(quantity, eager, Arc::clone(&bell), now);
+        let id = queue.enter(quantity, kind, eager, Arc::clone(&bell), now);
         drop(queues);
         self.counters.waiting.add(1);
         self.counters.polls.inc();
@@ -194,10 +197,10 @@ impl Park {
         }
     }
 
-    /// All who wait at this queue are to read, to hear for themselves what is wrong.
-    pub(crate) fn let_all_in(&self, name: &QueueName) {
+    /// All who wait at this queue with a poll of this kind are to read, to hear for themselves what is wrong.
+    pub(crate) fn let_all_in(&self, name: &QueueName, kind: u64) {
         if let Some(queue) = lock(&self.queues).get_mut(name) {
-            queue.let_all_in();
+            queue.let_all_in(kind);
         }
     }
 

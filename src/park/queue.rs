@@ -35,6 +35,8 @@ pub(super) struct Queue {
 
 struct Waiter {
     quantity: usize,
+    /// Equal for equal polls.
+    kind: u64,
     since: Instant,
     state: State,
     bell: Arc<Notify>,
@@ -98,6 +100,7 @@ impl Queue {
     pub(super) fn enter(
         &mut self,
         quantity: usize,
+        kind: u64,
         eager: bool,
         bell: Arc<Notify>,
         now: Instant,
@@ -106,6 +109,7 @@ impl Queue {
         self.next_id += 1;
         let waiter = Waiter {
             quantity: quantity.max(1),
+            kind,
             since: now,
             state: State::Waiting,
             bell,
@@ -213,9 +217,9 @@ impl Queue {
         self.ring_first();
     }
 
-    pub(super) fn let_all_in(&mut self) {
+    pub(super) fn let_all_in(&mut self, kind: u64) {
         for waiter in self.waiters.values_mut() {
-            if waiter.state == State::Waiting {
+            if waiter.state == State::Waiting && waiter.kind == kind {
                 waiter.state = State::LetIn;
                 self.claimed += waiter.quantity;
                 waiter.bell.notify_one();
@@ -288,7 +292,7 @@ mod tests {
     }
 
     fn line(queue: &mut Queue, quantities: &[usize], now: Instant) -> Vec<u64> {
-        let enter = |&quantity| queue.enter(quantity, false, Arc::default(), now);
+        let enter = |&quantity| queue.enter(quantity, 0, false, Arc::default(), now);
         quantities.iter().map(enter).collect()
     }
 

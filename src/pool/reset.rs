@@ -91,13 +91,26 @@ pub(crate) async fn lend_statement(
     text: &[u8],
     types: &[u8],
 ) -> Result<(), ResetError> {
+    // A text that Postgres refuses by now must not end the client's transaction.
+    let nested = server.tx == TxStatus::InTransaction && !text.is_empty();
+    if nested {
+        command(server, "SAVEPOINT flowgate_lent").await?;
+    }
     put_statement_target(&mut server.stream.output, b'C', name);
     put_parse(&mut server.stream.output, name, text, types);
     server.lent.push(name.to_vec());
     match sync(server).await {
-        Ok(()) | Err(ResetError::Refused(_)) => Ok(()),
-        Err(error) => Err(error),
+        Ok(()) | Err(ResetError::Refused(_)) => {}
+        Err(error) => return Err(error),
     }
+    if nested {
+        let back = match server.tx {
+            TxStatus::Failed => "ROLLBACK TO flowgate_lent; ",
+            TxStatus::Idle | TxStatus::InTransaction => "",
+        };
+        command(server, &format!("{back}RELEASE flowgate_lent")).await?;
+    }
+    Ok(())
 }
 
 /// Takes away what was prepared for clients under our own names.

@@ -187,6 +187,11 @@ pub(crate) struct ServerConn {
 impl ServerConn {
     /// The server holds this statement now.
     pub(crate) fn learn_statement(&mut self, id: StatementId, parsed: u64) {
+        // It was to go, and is here again.
+        if !self.to_close.is_empty() {
+            let name = id.server_name();
+            self.to_close.retain(|other| *other != name);
+        }
         if let Some(evicted) = self.statements.insert(id, parsed) {
             self.to_close.push(evicted.server_name());
         }

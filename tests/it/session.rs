@@ -10,7 +10,7 @@ use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, sqlstate, text, try_text};
 use crate::support::raw::{
     Raw, bind_text, close_statement, describe_portal, describe_statement, execute, first_columns,
-    flush, parse, query, sync, tags, transcript,
+    flush, parse, query, sync, tags, terminate, transcript,
 };
 use crate::support::wait::wait_until;
 
@@ -828,5 +828,97 @@ async fn sql_knows_statements_prepared_by_message_inside_a_request_too() {
         ["theirs|select 'theirs'|f"]
     );
     assert_eq!(first_columns(&one.ask_frames(&run).await), ["7"]);
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn what_is_committed_and_chained_is_known_to_be_there() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut one = proxy.raw().await;
+    for request in [
+        "begin",
+        "set work_mem = '77MB'",
+        "commit and chain",
+        "commit",
+    ] {
+        one.query(request).await;
+    }
+    let mut two = proxy.raw().await;
+    let shown = two.ask_frames(&query("show work_mem")).await;
+    assert_eq!(first_columns(&shown), ["4MB"]);
+    let shown = one.ask_frames(&query("show work_mem")).await;
+    assert_eq!(first_columns(&shown), ["77MB"]);
+    proxy.shut_down().await;
+}
+
+/// While a client has its server to itself nobody asks what its functions leave there; before others get it, somebody must.
+#[tokio::test]
+async fn what_code_out_of_sight_left_is_found_when_its_client_lets_go() {
+    let db = fresh_database().await;
+    let direct = db.connect().await;
+    direct
+        .batch_execute(
+            "create function hides() returns void language plpgsql as
+                 $$ begin perform set_config('work_mem', '77MB', false), pg_advisory_lock(77); end $$",
+        )
+        .await
+        .unwrap();
+    let held = "select count(*) from pg_locks where locktype = 'advisory' and objid = 77 \
+                and database = (select oid from pg_database where datname = current_database())";
+    let proxy = Proxy::with_pool(&db, 1).await;
+    for left_in in ["begin", "begin; prepare q as select 1"] {
+        let mut one = proxy.raw().await;
+        one.query(left_in).await;
+        one.query("select hides()").await;
+        assert_eq!(text(&direct, held).await, "1");
+        one.send(&terminate()).await;
+        one.until_end().await;
+        wait_until("the lock is free", PATIENCE, async || {
+            text(&direct, held).await == "0"
+        })
+        .await;
+    }
+    let mut one = proxy.raw().await;
+    one.query("prepare q as select 1").await;
+    one.query("select hides()").await;
+    one.query("deallocate all").await;
+    // It keeps what its function made, so the only server is its own until it leaves.
+    assert_eq!(
+        first_columns(&one.ask_frames(&query("show work_mem")).await),
+        ["77MB"]
+    );
+    one.send(&terminate()).await;
+    one.until_end().await;
+    let mut two = proxy.raw().await;
+    assert_eq!(
+        first_columns(&two.ask_frames(&query("show work_mem")).await),
+        ["4MB"]
+    );
+    assert_eq!(text(&direct, held).await, "0");
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_statement_whose_table_is_gone_can_be_deallocated_and_listed() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let mut one = proxy.raw().await;
+    one.query("create table gone (n int)").await;
+    one.ask(&[parse("s", "select * from gone"), sync()].concat())
+        .await;
+    one.ask(&[parse("t", "select n from gone"), sync()].concat())
+        .await;
+    one.query("begin; drop table gone").await;
+    let names = query("select name from pg_prepared_statements where name = 's'");
+    let listed = one.ask_frames(&names).await;
+    assert!(tags(&listed).ends_with("CZ"), "{}", transcript(&listed));
+    for (request, done) in [
+        ("deallocate s", "C DEALLOCATE\nZ T"),
+        ("deallocate t", "C DEALLOCATE\nZ T"),
+        ("commit", "C COMMIT\nZ I"),
+    ] {
+        assert_eq!(one.query(request).await, done, "{request}");
+    }
     proxy.shut_down().await;
 }

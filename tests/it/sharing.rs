@@ -190,6 +190,45 @@ async fn nobody_gets_what_another_may_see() {
     proxy.shut_down().await;
 }
 
+/// A setting of the application's own, made by a function, is on its server and in nobody's books.
+#[tokio::test]
+async fn nobody_gets_what_another_may_see_by_what_a_function_set() {
+    let db = with_flow().await;
+    let direct = db.connect().await;
+    let role = format!("{}_reader", db.name);
+    direct
+        .batch_execute(&format!(
+            "select pgflow.create_flow('a'); select pgflow.create_flow('b');
+             create function log_in(who text) returns void language plpgsql as
+                 $$ begin perform set_config('app.tenant', who, false); end $$;
+             create role {role} login;
+             grant usage on schema pgflow to {role}; grant select on pgflow.flows to {role};
+             alter table pgflow.flows enable row level security;
+             create policy tenant on pgflow.flows to {role} using (flow_slug = current_setting('app.tenant', true))",
+        ))
+        .await
+        .unwrap();
+    // A server each: whoever keeps its own keeps what the function has set there.
+    let proxy = Proxy::with_pool(&db, 6).await;
+    let url = format!("postgres://{role}@127.0.0.1:{}/{}", proxy.port, db.name);
+    let clients = (0..6).map(|me| {
+        let url = &url;
+        async move {
+            let client = connect(url).await;
+            let tenant = ["a", "b"][me % 2];
+            text(&client, &format!("select log_in('{tenant}')")).await;
+            for _ in 0..60 {
+                let read =
+                    "select coalesce(string_agg(flow_slug, ','), 'nobody') from pgflow.flows";
+                let seen = text(&client, read).await;
+                assert!(seen == tenant || seen == "nobody", "{tenant} sees {seen}");
+            }
+        }
+    });
+    join_all(clients).await;
+    proxy.shut_down().await;
+}
+
 #[tokio::test]
 async fn an_error_is_everybodys_own_and_a_leader_that_leaves_takes_nobody_along() {
     let db = with_flow().await;

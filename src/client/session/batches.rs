@@ -195,6 +195,11 @@ impl Session {
             if let Effect::Execute(name) | Effect::Deallocate(name) = need
                 && let Some((text, types)) = self.prepared.text(name.as_bytes())
             {
+                // To be deallocated, a name is enough.
+                let (text, types): (&[u8], &[u8]) = match need {
+                    Effect::Deallocate(_) => (b"", &[0, 0]),
+                    _ => (text, types),
+                };
                 put_statement_target(&mut lease.stream.output, b'C', name.as_bytes());
                 put_parse(&mut lease.stream.output, name.as_bytes(), text, types);
                 lease.lent.push(name.as_bytes().to_vec());

@@ -38,6 +38,7 @@ use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, Feeds, RunRef, Worth};
+use crate::config::Reads;
 use crate::events::Subscriber;
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
@@ -311,7 +312,7 @@ impl Session {
         };
         self.transaction.touch(unresolved(analysis.class.run()));
         self.transaction.note_feeds(&analysis);
-        self.request.worth = analysis.class.worth();
+        self.request.worth = self.worth(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
@@ -396,7 +397,8 @@ impl Session {
         self.request.worth = Worth::default();
         let plan = match self.survey.only() {
             Some((analysis, run)) => {
-                self.request.worth = analysis.class.worth();
+                let worth = self.worth(analysis);
+                self.request.worth = worth;
                 match self.plan(analysis) {
                     Plan::Read(_) => Plan::Read(run),
                     other => other,
@@ -493,8 +495,11 @@ impl Session {
         self.forget_deallocated(effects, ending, consequences);
         self.mark_server(effects);
         self.note_subscriptions(effects);
+        if consequences.settings_changed {
+            self.adopt_settings(consequences);
+        }
         if after == TxStatus::Idle {
-            self.end_transaction(consequences, now).await?;
+            self.end_transaction(now).await?;
         }
         self.close_books();
         if after == TxStatus::Idle {
@@ -536,12 +541,19 @@ impl Session {
         }
     }
 
+    /// What has been committed, also AND CHAIN, the server has from now on.
+    fn adopt_settings(&mut self, consequences: Consequences) {
+        if let Some(lease) = self.lease.as_mut() {
+            self.state.adopt_reported(&lease.reported);
+            lease.settings = Arc::clone(&self.state.settings);
+            if consequences.reset {
+                reset::forget_settings_but(lease, &self.state.settings);
+            }
+        }
+    }
+
     /// Outside a transaction again: the session adopts what was committed, and keeps the server only if it is pinned to it.
-    async fn end_transaction(
-        &mut self,
-        consequences: Consequences,
-        now: Instant,
-    ) -> Result<(), SessionError> {
+    async fn end_transaction(&mut self, now: Instant) -> Result<(), SessionError> {
         if self.replica.is_none() {
             self.seen_until = now;
             let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
@@ -549,17 +561,10 @@ impl Session {
             self.feed();
             self.shared.runs.seen(touched);
         }
-        if consequences.settings_changed
-            && let Some(lease) = self.lease.as_mut()
-        {
-            self.state.adopt_reported(&lease.reported);
-            lease.settings = Arc::clone(&self.state.settings);
-            if consequences.reset {
-                reset::forget_settings_but(lease, &self.state.settings);
-            }
-        }
         self.state.forget_transaction();
-        Box::pin(self.adopt_subscriptions()).await?;
+        if self.transaction.subscribes || self.transaction.lent.is_some() {
+            Box::pin(self.adopt_subscriptions()).await?;
+        }
         if let Some(code) = self.state.take_opaque()
             && self.replica.is_none()
         {
@@ -589,6 +594,14 @@ impl Session {
             Some(writing) => writing.and(run),
             None => self.shared.runs.writing(run),
         });
+    }
+
+    /// Of reads, pgflow's own are worth least; the application's may be routed, but give way to nobody.
+    fn worth(&self, analysis: &Analysis) -> Worth {
+        match analysis.class.worth() {
+            Worth::Read if self.live.route.reads == Reads::All => Worth::Other,
+            worth => worth,
+        }
     }
 
     fn plan(&self, analysis: &Analysis) -> Plan {

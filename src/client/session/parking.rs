@@ -10,6 +10,7 @@
 //! there. If that has gone, the server is closed, and Postgres rolls back what it took.
 
 use std::future::poll_fn;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::Arc;
 use std::task::Poll as Polled;
@@ -19,7 +20,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
 use super::{PRIMARY, Session, Source, Transaction};
-use crate::classify::{Analysis, Arg, Feeds, Patience, PollRef, StatementClass};
+use crate::classify::{Analysis, Arg, Feeds, Patience, PollRef, RunRef, StatementClass};
 use crate::client::error::{SessionError, no_server};
 use crate::client::live::Running;
 use crate::client::request::{BatchEnd, frames};
@@ -153,6 +154,8 @@ impl Session {
             return self.run_extended(Source::Input, len, end).await;
         };
         self.keep(len);
+        // It concerns no run.
+        self.transaction.touch(RunRef::None);
         let done = if binds {
             match self.poll_of_batch() {
                 Some(poll) => matches!(self.park(&poll).await?, Parked::Answered),
@@ -239,6 +242,7 @@ impl Session {
         let name = QueueName {
             database: self.opening.database.clone(),
             queue: wants.queue,
+            seen_as: number(&self.key_of(b'L', &[])),
         };
         Some(Poll {
             name,
@@ -297,7 +301,7 @@ impl Session {
                     Ok(Read::Failed) => {
                         park.forget(&poll.key);
                         // Who waits for this one to find out shall hear what is wrong for themselves.
-                        park.let_all_in(&poll.name);
+                        park.let_all_in(&poll.name, number(&poll.key));
                         return Ok(Parked::Answered);
                     }
                     Err(error) => {
@@ -308,7 +312,8 @@ impl Session {
             }
         }
         let eager = !std::mem::take(&mut self.polled_in_vain);
-        let Some(ticket) = park.enter(poll.name.clone(), poll.quantity, eager) else {
+        let kind = number(&poll.key);
+        let Some(ticket) = park.enter(poll.name.clone(), poll.quantity, kind, eager) else {
             return Ok(Parked::AsItIs);
         };
         loop {
@@ -405,6 +410,8 @@ impl Session {
     async fn answer_empty(&mut self, poll: &Poll, answer: &[u8]) -> Result<Parked, SessionError> {
         self.note_own_parse(poll);
         self.client.output.extend_from_slice(answer);
+        self.exchange.keep_ready = true;
+        self.hear_own().await?;
         put_ready(&mut self.client.output, TxStatus::Idle);
         self.shared.counters.answered_here.inc();
         self.tally.ended(Instant::now(), true, &self.client);
@@ -443,6 +450,9 @@ impl Session {
         let slot = Arc::clone(&self.key.slot);
         let wait = slot.wait();
         loop {
+            if self.running >= Running::Draining {
+                return Err(SessionError::Shutdown);
+            }
             if self.client.at_eof || self.client.input.bytes().first() == Some(&b'X') {
                 return Err(left());
             }
@@ -829,6 +839,12 @@ fn is_plain(answer: &[u8]) -> bool {
     frames(answer).all(|(header, frame)| {
         matches!(header.tag, b'1' | b'2' | b't' | b'T' | b'n' | b'C') && frame.len() == header.whole
     })
+}
+
+fn number(key: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    hasher.finish()
 }
 
 fn left() -> SessionError {

@@ -165,9 +165,8 @@ impl Session {
                 Effect::NeedsDatabaseAlone(database) => self.shared.pools.leave_database(database),
                 Effect::SequenceValue => self.forget_others_draws().await?,
                 Effect::PreparedStatements => self.show_statements().await?,
-                Effect::Execute(name) | Effect::Deallocate(name) => {
-                    self.lend_statement(name.as_bytes()).await?
-                }
+                Effect::Execute(name) => self.lend_statement(name.as_bytes()).await?,
+                Effect::Deallocate(name) => self.lend_name(name.as_bytes()).await?,
                 _ => {}
             }
         }
@@ -180,6 +179,15 @@ impl Session {
             return Ok(());
         };
         let lent = reset::lend_statement(lease, name, text, types).await;
+        lent.map_err(server_lost)
+    }
+
+    /// To be deallocated, a name is enough: the text may be one that Postgres refuses by now.
+    async fn lend_name(&mut self, name: &[u8]) -> Result<(), SessionError> {
+        let (Some(_), Some(lease)) = (self.prepared.text(name), self.lease.as_mut()) else {
+            return Ok(());
+        };
+        let lent = reset::lend_statement(lease, name, b"", &[0, 0]).await;
         lent.map_err(server_lost)
     }
 
@@ -246,6 +254,7 @@ impl Session {
         };
         self.shared.counters.probes.inc();
         lease.hidden = true;
+        self.state.hides = true;
         let settings = self.shared.habits.asks(code);
         let found = match reset::probe(lease, settings).await {
             Ok(found) => found,
@@ -341,7 +350,8 @@ impl Session {
         }
         let lent = self.transaction.lent.as_ref();
         let listens = self.transaction.subscribes || lent.is_some_and(|lent| !lent.is_empty());
-        let marked = !self.state.pins.is_empty() || listens;
+        // A rollback does not undo all that code out of sight may have done.
+        let marked = !self.state.pins.is_empty() || listens || self.state.ran_opaque();
         lease.heard = None;
         let clean = async {
             if marked {

@@ -12,6 +12,7 @@ use crate::classify::{Analysis, RunRef};
 use crate::client::error::{SessionError, no_server};
 use crate::client::request::{BatchEnd, frames};
 use crate::coalesce::{Answer, Leader, Seat};
+use crate::config::Reads;
 use crate::pool::checkout::CheckoutError;
 use crate::wire::frame::{HEADER, Header};
 
@@ -101,7 +102,11 @@ impl Session {
     /// `None`: not to be shared. Everything a policy, a view or an output function could read is in it.
     fn shared_key(&self, request: &[&[u8]]) -> Option<Vec<u8>> {
         let length: usize = request.iter().map(|part| part.len()).sum();
-        if length > REQUEST_MAX || !self.state.pins.is_empty() || self.lease.is_some() {
+        // Code out of sight may have made settings that only the server knows.
+        let tied = !self.state.pins.is_empty() || self.state.hides;
+        // Who listens hears what was committed before each answer; and views of the user's own may do anything.
+        let tied = tied || self.keeps_ready(&[]) || self.live.route.reads == Reads::All;
+        if length > REQUEST_MAX || tied || self.lease.is_some() {
             return None;
         }
         let mut key = Vec::with_capacity(length + 256);
@@ -201,6 +206,8 @@ impl Session {
     fn end_leading(&mut self, leader: Option<Leader>, began: Instant, sound: bool) {
         self.shared_floor = None;
         let captured = self.exchange.capture.take();
+        // An error in our words is not among what was captured.
+        let sound = sound && self.exchange.error.is_none();
         let (Some(leader), Some(bytes), true) = (leader, captured, sound) else {
             return;
         };
@@ -216,14 +223,15 @@ impl Session {
 
 /// Rows and what belongs to them, to the end outside a transaction, and nothing that is the leader's alone.
 fn is_whole_answer(bytes: &[u8]) -> bool {
-    let mut last = 0;
+    let (mut last, mut done) = (0, 0);
     let fits = frames(bytes).all(|(header, frame)| {
         last = header.tag;
+        done += usize::from(header.tag == b'C');
         let known = matches!(header.tag, b'1' | b'2' | b't' | b'T' | b'n' | b'D' | b'C');
         frame.len() == header.whole && (known || header.tag == b'Z' && frame.ends_with(b"I"))
     });
     let whole: usize = frames(bytes).map(|(header, _)| header.whole).sum();
-    fits && last == b'Z' && whole == bytes.len()
+    fits && done == 1 && last == b'Z' && whole == bytes.len()
 }
 
 #[cfg(test)]
@@ -253,6 +261,7 @@ mod tests {
         for own in [b'E', b'N', b'S', b'A'] {
             assert!(!is_whole_answer(&answer(&[own], Some(TxStatus::Idle))));
         }
+        assert!(!is_whole_answer(&good[good.len() - 6..]));
         assert!(!is_whole_answer(b""));
     }
 }

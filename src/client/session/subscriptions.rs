@@ -12,7 +12,7 @@ use crate::client::error::SessionError;
 use crate::client::reply;
 use crate::events::{Delivery, EventsError, Subscriber};
 use crate::pgflow::events::truncate_identifier;
-use crate::pool::reset;
+use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
 use crate::server::conn::Heard;
 use crate::wire::error_response::ErrorResponse;
@@ -176,8 +176,11 @@ impl Session {
         if let (false, Some(lease)) = (joined.is_empty(), self.lease.as_mut()) {
             // What the hub was told before it had joined, the server may not have been told yet: whoever commits a notification
             // wakes the listeners one by one. One that notifies reads all there is.
-            let caught_up = reset::command(lease, "NOTIFY flowgate_joined").await;
-            caught_up.map_err(server_lost)?;
+            match reset::command(lease, "NOTIFY flowgate_joined").await {
+                // Refused (a timeout of the client's, its cancel): then what comes late comes by the hub alone.
+                Ok(_) | Err(ResetError::Refused(_)) => {}
+                Err(error) => return Err(server_lost(error)),
+            }
         }
         if !listed.is_empty() {
             self.hush_server().await?;

@@ -37,12 +37,12 @@ impl Event {
         let moments = ["completed_at", "failed_at", "skipped_at", "started_at"];
         Some(Self {
             run,
-            step: text("step_slug"),
+            step: text("step_slug").map(|slug| slug.replace(char::is_control, "")),
             seq: event["seq"].as_i64(),
             tasks: event["remaining_tasks"].as_i64(),
             reason: text("error_message").or_else(|| text("skip_reason")),
             at: moments.iter().find_map(|key| moment(&event[*key])),
-            kind,
+            kind: kind.replace(char::is_control, ""),
         })
     }
 

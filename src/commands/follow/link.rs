@@ -117,7 +117,10 @@ impl Ears {
 
 /// Postgres says no, and will again. What comes of a server going, coming, full or promoted passes.
 pub(super) fn is_final(error: &Error) -> bool {
-    error
-        .code()
-        .is_some_and(|code| !matches!(&code.code()[..2], "08" | "25" | "40" | "53" | "57" | "58"))
+    error.code().is_some_and(|code| {
+        !matches!(
+            code.code().get(..2),
+            Some("08" | "25" | "40" | "53" | "57" | "58")
+        )
+    })
 }
