@@ -562,8 +562,10 @@ impl Session {
             self.shared.runs.seen(touched);
         }
         self.state.forget_transaction();
-        if self.transaction.subscribes || self.transaction.lent.is_some() {
+        if self.transaction.subscribes {
             Box::pin(self.adopt_subscriptions()).await?;
+        } else if let Some(lent) = self.transaction.lent.take() {
+            self.take_back_subscriptions(&lent).await?;
         }
         if let Some(code) = self.state.take_opaque()
             && self.replica.is_none()

@@ -127,23 +127,30 @@ impl Session {
         }
     }
 
-    /// The transaction has ended. What the session listens to now, after savepoints and all, the server knows; that moves to
+    /// A transaction that could have listened to something has ended and did not.
+    pub(super) async fn take_back_subscriptions(
+        &mut self,
+        lent: &[String],
+    ) -> Result<(), SessionError> {
+        if let Some(lease) = self.lease.as_mut() {
+            lease.heard = None;
+        }
+        if lent.is_empty() {
+            return Ok(());
+        }
+        self.hush_server().await
+    }
+
+    /// A transaction that listened has ended. What the session listens to now, after savepoints and all, the server knows; that moves to
     /// the hub before the client hears of the commit, and the server listens no more. What it is told in between is kept: a
     /// channel just joined is the hub's only from a moment after the commit.
     pub(super) async fn adopt_subscriptions(&mut self) -> Result<(), SessionError> {
         let lent = self.transaction.lent.take();
         let long_names = std::mem::take(&mut self.transaction.long_names);
-        let subscribes = std::mem::take(&mut self.transaction.subscribes);
+        self.transaction.subscribes = false;
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        if !subscribes {
-            lease.heard = None;
-            if lent.is_some_and(|lent| !lent.is_empty()) {
-                self.hush_server().await?;
-            }
-            return Ok(());
-        }
         let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
         let listed: HashSet<String> = listed.map_err(server_lost)?.into_iter().collect();
         let lent = lent.unwrap_or_default();
