@@ -533,8 +533,14 @@ impl Connection {
             return;
         };
         let now = Instant::now();
-        if event.reading.is_none() && !channel.repeated && channel.repeat_at.is_none() {
-            channel.repeat_at = Some(channel.joined_at.max(now - REPEAT_AFTER) + REPEAT_AFTER);
+        if !channel.repeated && channel.repeat_at.is_none() {
+            // Of a run that has just begun the client may still be reading the answer to its start, which undoes what it is told
+            // meanwhile: written here is not read there.
+            let since = match (&event.reading, channel.run) {
+                (None, _) => Some(channel.joined_at.max(now - REPEAT_AFTER)),
+                (Some(_), run) => run.map(|_| now),
+            };
+            channel.repeat_at = since.map(|since| since + REPEAT_AFTER);
         }
         let starting = channel
             .run
