@@ -517,6 +517,7 @@ async fn what_postgres_tests_of_notify_holds_through_the_proxy() {
             .map(|(name, raw)| (raw.pid(), *name))
             .collect();
         let mut heard = Vec::new();
+        let mut held = HashMap::new();
         for step in permutation.split(' ') {
             let (session, _, sql) = steps.iter().find(|(_, name, _)| *name == step).unwrap();
             let frames = sessions
@@ -536,7 +537,19 @@ async fn what_postgres_tests_of_notify_holds_through_the_proxy() {
                     )
                 })
                 .collect();
-            heard.push((step.to_owned(), news, transcript(&others)));
+            let others = transcript(&others);
+            // What came before a BEGIN was there may be told before the transaction or after it.
+            let early = if others.ends_with("C BEGIN\nZ T") {
+                held.entry(session).or_insert(news);
+                Vec::new()
+            } else if others.ends_with("Z I") {
+                let mut early: Vec<_> = held.remove(session).unwrap_or_default();
+                early.extend(news);
+                early
+            } else {
+                news
+            };
+            heard.push((step.to_owned(), early, others));
         }
         heard
     };
