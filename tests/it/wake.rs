@@ -256,11 +256,14 @@ async fn no_reset_and_no_other_client_takes_from_a_server_who_observes_it() {
         "reset all",
         "discard all",
         "set flowgate.wake = 'notify'; reset flowgate.wake",
-        "begin; set flowgate.wake = 'notify'; rollback",
     ] {
         client.batch_execute(change).await.unwrap();
         assert_eq!(text(&client, shown).await, mark, "{change}");
     }
+    for undone in ["begin", "set flowgate.wake = 'notify'", "rollback"] {
+        client.batch_execute(undone).await.unwrap();
+    }
+    assert_eq!(text(&client, shown).await, mark);
     // Who wants to be told of by Postgres is; the next client on that server is not.
     client
         .batch_execute("set flowgate.wake = 'notify'")
