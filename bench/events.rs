@@ -239,12 +239,11 @@ async fn saturation(
     };
     let send = match way {
         Way::Each => {
-            "select realtime.send(jsonb_build_object('n', $1::int8 + n), 'bench', \
-             'pgflow:run:67e55044-10b1-426f-9247-' || lpad(to_hex(n), 12, '0'), false) \
-             from generate_series(0, $2::int8 - 1) n where $3 <> ''"
+            "select flowgate.publish('pgflow:run:67e55044-10b1-426f-9247-' || lpad(to_hex(n), 12, '0'), array['bench'], \
+             array[jsonb_build_object('n', $1::int8 + n)]) from generate_series(0, $2::int8 - 1) n where $3 <> ''"
         }
         _ => {
-            "select realtime.send(jsonb_build_object('n', $1::int8 + n), 'bench', $3, false) \
+            "select flowgate.publish($3, array_agg('bench'), array_agg(jsonb_build_object('n', $1::int8 + n) order by n)) \
              from generate_series(0, $2::int8 - 1) n"
         }
     };
@@ -254,7 +253,7 @@ async fn saturation(
     } else {
         DELIVERIES
     };
-    let batches = (most / deliveries).clamp(10, 300);
+    let batches = (most / deliveries).clamp(10, 50);
     let before = ears.heard.load(Ordering::Relaxed);
     let began = Instant::now();
     for batch in 0..batches {
@@ -278,7 +277,7 @@ struct Ears {
     epoch: Instant,
     /// Events, all subscribers together.
     heard: Arc<AtomicU64>,
-    orders: mpsc::UnboundedSender<Order>,
+    orders: mpsc::Sender<Order>,
     thread: thread::JoinHandle<anyhow::Result<()>>,
     committed: Cell<Vec<u64>>,
 }
@@ -286,7 +285,6 @@ struct Ears {
 enum Order {
     /// What was heard so far: event, and when in ns.
     Tell(oneshot::Sender<Vec<(u32, u64)>>),
-    Close,
 }
 
 impl Ears {
@@ -296,7 +294,7 @@ impl Ears {
         doors: &Doors,
         heard: &Arc<AtomicU64>,
     ) -> anyhow::Result<Self> {
-        let (orders, mut ordered) = mpsc::unbounded_channel();
+        let (orders, mut ordered) = mpsc::channel(1);
         let (ready, opened) = oneshot::channel();
         let epoch = Instant::now();
         let (heard, counted) = (Arc::clone(heard), Arc::clone(heard));
@@ -326,7 +324,9 @@ impl Ears {
                         };
                         tasks.spawn_local(ear.hear());
                     }
-                    drop(ready.send(()));
+                    if ready.send(()).is_err() {
+                        return Ok(());
+                    }
                     loop {
                         tokio::select! {
                             Some(ended) = tasks.join_next() => ended??,
@@ -334,7 +334,7 @@ impl Ears {
                                 Some(Order::Tell(to)) => {
                                     drop(to.send(log.borrow_mut().take().unwrap_or_default()));
                                 }
-                                Some(Order::Close) | None => return Ok(()),
+                                None => return Ok(()),
                             }
                         }
                     }
@@ -376,7 +376,11 @@ impl Ears {
     /// p50 and p99 of what was heard so far, in ms.
     async fn latencies(&self, committed: &[u64]) -> anyhow::Result<(f64, f64)> {
         let (to, told) = oneshot::channel();
-        self.orders.send(Order::Tell(to)).ok().context("gone")?;
+        self.orders
+            .send(Order::Tell(to))
+            .await
+            .ok()
+            .context("gone")?;
         let mut all: Vec<u64> = told
             .await?
             .into_iter()
@@ -389,8 +393,9 @@ impl Ears {
     }
 
     async fn close(self) -> anyhow::Result<()> {
-        drop(self.orders.send(Order::Close));
-        match tokio::task::spawn_blocking(|| self.thread.join()).await? {
+        let Self { orders, thread, .. } = self;
+        drop(orders);
+        match tokio::task::spawn_blocking(move || thread.join()).await? {
             Ok(ended) => ended,
             Err(_panic) => bail!("the subscribers panicked"),
         }

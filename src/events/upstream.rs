@@ -399,10 +399,9 @@ impl<'a> Session<'a> {
         if reasons.observed {
             self.hub.common.metrics.observed.inc();
         }
-        let began = Instant::now();
         let rows = self.read_outbox(Since::LastRead).await?;
         let now = Instant::now();
-        self.rhythm.rest(now, now.duration_since(began));
+        self.rhythm.rest(now);
         let Some(cursor) = self.cursor.as_ref().filter(|_| self.registered) else {
             return Ok(());
         };
