@@ -335,6 +335,7 @@ mod tests {
         let hubs = Hubs::new(
             config.primary.clone(),
             config.events.clone(),
+            uuid::Uuid::nil(),
             DEADLINE,
             &registry,
             Handle::current(),

@@ -34,3 +34,4 @@ mod shedding;
 mod support;
 mod tls;
 mod transcripts;
+mod wake;
