@@ -352,6 +352,28 @@ async fn idle_workers_cost_postgres_next_to_nothing() {
     proxy.shut_down().await;
 }
 
+/// Their deadlines come together with the answer of the one that found out.
+#[tokio::test]
+async fn polls_that_come_together_ask_postgres_once() {
+    const WORKERS: usize = 60;
+    let db = with_queue().await;
+    let proxy = Proxy::with_pool(&db, 2).await;
+    let mut workers = Vec::new();
+    for _ in 0..WORKERS {
+        workers.push(proxy.raw().await);
+    }
+    let before = proxy.requests("primary");
+    let all = workers.iter_mut().map(async |worker| {
+        worker.send(&query(&poll(1, 1, 1))).await;
+        assert_eq!(tags(&worker.until_ready().await), "TCZ");
+    });
+    join_all(all).await;
+    let reads = proxy.requests("primary") - before;
+    // Whoever is waited for in vain for 5 s is not waited for any more.
+    assert!(reads <= 10, "{reads} reads");
+    proxy.shut_down().await;
+}
+
 #[tokio::test]
 async fn a_read_that_finds_no_taker_is_undone() {
     let db = with_queue().await;

@@ -350,7 +350,11 @@ async fn worker(books: &Books<'_>, mut chance: Chance) {
             let new = books.delivered.lock().unwrap().insert(delivery);
             assert!(new, "came to two: {}", transcript(&frames));
         }
-        if !ids.is_empty() && !timeout(CATCH_UP, work(books, &mut me, &ids, id)).await.unwrap() {
+        if !ids.is_empty()
+            && !timeout(CATCH_UP, work(books, &mut me, &ids, id))
+                .await
+                .unwrap()
+        {
             me = log_in(books).await;
         }
     }
@@ -422,7 +426,11 @@ async fn work(books: &Books<'_>, me: &mut Raw, ids: &[String], worker: Uuid) -> 
 /// `None`: the server was killed under it.
 async fn ask(books: &Books<'_>, me: &mut Raw, sql: &str) -> Option<Vec<Frame>> {
     let sent = me.try_send(&query(sql)).await;
-    let frames = if sent { me.until_ready().await } else { Vec::new() };
+    let frames = if sent {
+        me.until_ready().await
+    } else {
+        Vec::new()
+    };
     let fine = is_ready(&frames) && error_code(&frames).is_none();
     assert!(fine || books.scene.kills, "{sql}: {}", transcript(&frames));
     fine.then_some(frames)
