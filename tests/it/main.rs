@@ -22,6 +22,7 @@ mod http_realtime;
 mod http_rest;
 mod maintenance;
 mod parking;
+mod parking_faults;
 mod pools;
 mod protocol;
 mod reads;
