@@ -32,6 +32,7 @@ mod schema;
 mod session;
 mod sharing;
 mod shedding;
+mod spellings;
 mod support;
 mod tls;
 mod transcripts;
