@@ -149,6 +149,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         config.primary.clone(),
         config.events.clone(),
         connect_timeout,
+        config.http.recheck,
         &registry,
         control.clone(),
     );
