@@ -152,6 +152,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         config.events.clone(),
         reader,
         connect_timeout,
+        config.http.recheck,
         &registry,
         control.clone(),
     );

@@ -31,6 +31,7 @@ use tracing::{debug, info, warn};
 
 use crate::pgflow::events::{WAKE_CHANNEL, envelope};
 use crate::server::control::{ControlConnection, DialError, dial, words};
+use crate::server::questions::Asker;
 
 use super::EventsError;
 use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
@@ -566,7 +567,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn feed_page(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
+    async fn feed_page(&self, mailbox: &Arc<Mailbox>, page: &Page) -> Result<(), SessionError> {
         let (topic, after) = (literal(&page.topic), page.after);
         let rows = match page.latest {
             None => format!(
@@ -599,11 +600,20 @@ impl<'a> Session<'a> {
             };
             let event = Arc::new(event(&row, 0).ok_or(SessionError::Answer("a replay"))?);
             count += 1;
-            fed = mailbox
-                .lock()
-                .page_row(page.stream, &mut Frames::new(&event, self.hub.pid()));
+            let known = |asker: &Asker, run| self.hub.sight.known(asker, run);
+            let mut frames = Frames::new(&event, self.hub.pid(), &known);
+            fed = mailbox.lock().page_row(page.stream, &mut frames);
             match fed {
                 Fed::Queued => metrics.deliveries.inc(),
+                Fed::Veiled => {
+                    metrics.deliveries.inc();
+                    self.hub.veiled(page.stream, &event, mailbox);
+                    fed = Fed::Queued;
+                }
+                Fed::Denied => {
+                    self.hub.deny(page.stream, mailbox);
+                    break;
+                }
                 // The rest is read off the socket and dropped by the connection.
                 Fed::Full | Fed::Gone => break,
             }

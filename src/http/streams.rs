@@ -32,13 +32,14 @@ use uuid::Uuid;
 use super::HttpState;
 use super::api::{InUrl, a_run_id, a_slug, identify, last_seq, run_state};
 use super::counters::OpenStream;
-use super::db::DbError;
 use super::identity::Identity;
 use super::refusal::Refusal;
-use super::sight::{Rights, Rows};
-use crate::events::{CutReason, Delivery, Event, EventsError, Form, Snapshot, Subscriber};
+use crate::events::{
+    CutReason, Delivery, Event, EventsError, Form, Rights, Rows, Snapshot, Subscriber,
+};
 use crate::pgflow::events::{ALL_CHANNEL, FLOW_PREFIX, envelope, run_of_topic, run_topic};
 use crate::pgflow::ids::Slug;
+use crate::server::questions::DbError;
 use crate::wire::quote::literal;
 
 const HEARTBEAT: Duration = Duration::from_secs(15);
@@ -82,7 +83,7 @@ pub(super) async fn run(
     let failed = |error| Refusal::of_database(error, Some(&identity));
     if !state
         .sight
-        .may_follow(&identity, id)
+        .may_follow(&identity.asker, id)
         .await
         .map_err(failed)?
     {
@@ -153,7 +154,7 @@ async fn many(
         ));
     }
     let failed = |error| Refusal::of_database(error, Some(&identity));
-    let rights = state.sight.rights(&identity).await.map_err(failed)?;
+    let rights = state.sight.rights(&identity.asker).await.map_err(failed)?;
     if rights.runs == Rows::None {
         return Err(Refusal::of_database(
             may_not_list(&identity),
@@ -214,7 +215,7 @@ fn may_not_list(identity: &Identity) -> DbError {
         detail: None,
         hint: Some(format!(
             "To follow runs whose ids it does not name, role \"{}\" needs SELECT on pgflow.runs.",
-            identity.role
+            identity.asker.role
         )),
     }
 }
@@ -436,9 +437,9 @@ impl Stream {
         }
         self.check_at = self.state.sight.next_check();
         let allowed = match &self.scope {
-            Scope::Run(id) => self.state.sight.may_follow(&self.identity, *id).await,
+            Scope::Run(id) => self.state.sight.may_follow(&self.identity.asker, *id).await,
             Scope::Flow(_) | Scope::All => {
-                let rights = self.state.sight.rights(&self.identity).await;
+                let rights = self.state.sight.rights(&self.identity.asker).await;
                 rights.map(|rights| {
                     let allowed = rights.runs != Rows::None;
                     self.rights = Some(rights);
@@ -514,7 +515,7 @@ impl Stream {
         };
         let rights = match &self.rights {
             Some(rights) => Arc::clone(rights),
-            None => match self.state.sight.rights(&self.identity).await {
+            None => match self.state.sight.rights(&self.identity.asker).await {
                 Ok(rights) => Arc::clone(self.rights.insert(rights)),
                 Err(_unknown) => return self.give_up(),
             },
@@ -522,7 +523,7 @@ impl Stream {
         match self
             .state
             .sight
-            .may_list(&self.identity, &rights, run)
+            .may_list(&self.identity.asker, &rights, run)
             .await
         {
             Ok(shown) => shown,

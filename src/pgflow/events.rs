@@ -70,6 +70,11 @@ pub fn has_bad_cursor(name: &str) -> bool {
             .is_some_and(|(channel, _)| of_ours(channel))
 }
 
+/// Whether it is one that tells of runs.
+pub fn tells_of_runs(name: &str) -> bool {
+    !matches!(Channel::parse(name), Channel::Ordinary(_))
+}
+
 fn parse_run(rest: &str) -> Option<Channel> {
     let (id, after) = match rest.split_once('@') {
         Some((id, seq)) => {

@@ -20,6 +20,7 @@ mod hostile;
 mod http;
 mod http_realtime;
 mod http_rest;
+mod listening;
 mod maintenance;
 mod parking;
 mod parking_faults;
