@@ -339,7 +339,9 @@ async fn idle_workers_cost_postgres_next_to_nothing() {
             worker
                 .send(&[bind_text("", "", &values), execute("", 0), sync()].concat())
                 .await;
-            assert_eq!(tags(&worker.until_ready().await), "2CZ");
+            // Who waits for long, because all of them came at once, is told so.
+            let answer = tags(&worker.until_ready().await);
+            assert_eq!(answer.trim_start_matches('N'), "2CZ");
         }
     });
     join_all(idle).await;
