@@ -25,11 +25,17 @@ declare
     v_ended boolean := publish.events && array['run:completed', 'run:failed'];
     v_seq   bigint;
 begin
-    insert into flowgate.topic as counter (topic, seq, ended)
-    values (publish.topic, v_count, v_ended)
-    on conflict (topic) do update
-        set seq = counter.seq + excluded.seq, ended = counter.ended or excluded.ended, updated_at = excluded.updated_at
+    update flowgate.topic as counter
+    set seq = counter.seq + v_count, ended = counter.ended or v_ended, updated_at = now()
+    where counter.topic = publish.topic
     returning counter.seq - v_count into v_seq;
+    if not found then
+        insert into flowgate.topic as counter (topic, seq, ended)
+        values (publish.topic, v_count, v_ended)
+        on conflict (topic) do update
+            set seq = counter.seq + excluded.seq, ended = counter.ended or excluded.ended, updated_at = excluded.updated_at
+        returning counter.seq - v_count into v_seq;
+    end if;
 
     if v_count = 1 then
         insert into flowgate.event (topic, seq, event, payload)
@@ -37,8 +43,7 @@ begin
     else
         insert into flowgate.event (topic, seq, event, payload)
         select publish.topic, v_seq + told.place, told.event, told.payload
-        from unnest(publish.events, publish.payloads) with ordinality as told(event, payload, place)
-        order by told.place;
+        from unnest(publish.events, publish.payloads) with ordinality as told(event, payload, place);
     end if;
 
     if current_setting('flowgate.wake', true) is distinct from 'off'

@@ -24,6 +24,8 @@ declare
     v_indexes     integer[];
     v_message_ids bigint[];
     v_seconds     integer[];
+    v_maps        boolean[];
+    v_roots       boolean;
 begin
     if coalesce(cardinality(start_tasks.msg_ids), 0) = 0 then
         return;
@@ -51,15 +53,23 @@ begin
         returning t.run_id, t.step_slug, t.task_index, t.message_id
     )
     select
-        array_agg(started.run_id order by started.message_id),
-        array_agg(started.step_slug order by started.message_id),
-        array_agg(started.task_index order by started.message_id),
-        array_agg(started.message_id order by started.message_id),
-        array_agg(coalesce(d.opt_timeout, f.opt_timeout) + 2 order by started.message_id)
-    into v_run_ids, v_steps, v_indexes, v_message_ids, v_seconds
-    from started
-    join pgflow.steps as d on d.flow_slug = start_tasks.flow_slug and d.step_slug = started.step_slug
-    join pgflow.flows as f on f.flow_slug = start_tasks.flow_slug;
+        array_agg(started.run_id),
+        array_agg(started.step_slug),
+        array_agg(started.task_index),
+        array_agg(started.message_id),
+        array_agg(started.seconds),
+        array_agg(started.is_map),
+        bool_and(started.is_root)
+    into v_run_ids, v_steps, v_indexes, v_message_ids, v_seconds, v_maps, v_roots
+    from (
+        select
+            started.*, coalesce(d.opt_timeout, f.opt_timeout) + 2 as seconds, d.step_type = 'map' as is_map,
+            d.deps_count = 0 as is_root
+        from started
+        join pgflow.steps as d on d.flow_slug = start_tasks.flow_slug and d.step_slug = started.step_slug
+        join pgflow.flows as f on f.flow_slug = start_tasks.flow_slug
+        order by started.message_id
+    ) as started;
 
     if v_run_ids is null then
         return;
@@ -73,6 +83,31 @@ begin
         '   select q.msg_id from pgmq.%1$I as q where q.msg_id = any ($1) for no key update skip locked))',
         'q_' || lower(start_tasks.flow_slug))
     using v_message_ids, v_seconds;
+
+    -- Roots read nothing but their run's input.
+    if v_roots then
+        return query
+        with run as materialized (
+            select
+                r.run_id,
+                case when jsonb_typeof(r.input) = 'array' then r.input || '[]'::jsonb else r.input end as input
+            from pgflow.runs as r
+            where r.run_id = any (v_run_ids)
+        )
+        select
+            start_tasks.flow_slug,
+            task.run_id,
+            task.step_slug,
+            case when task.is_map then run.input -> task.task_index else '{}'::jsonb end,
+            task.message_id,
+            task.task_index,
+            case when not task.is_map then run.input end
+        from unnest(v_run_ids, v_steps, v_indexes, v_message_ids, v_maps) with ordinality
+            as task(run_id, step_slug, task_index, message_id, is_map, place)
+        join run on run.run_id = task.run_id
+        order by task.place;
+        return;
+    end if;
 
     return query
     with task as materialized (

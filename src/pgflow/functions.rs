@@ -219,6 +219,7 @@ pub const FUNCTIONS: &[Function] = &[
     ),
     flow("start_ready_steps", Write, &["run_id"]),
     flow("maybe_complete_run", Write, &["run_id"]),
+    flow("_complete_run", Write, &["run_id", "events", "payloads"]),
     // pgmq.
     mq("metrics", Read, &["queue_name"]),
     mq("metrics_all", Read, &[]),
