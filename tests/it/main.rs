@@ -32,6 +32,7 @@ mod replication;
 mod schema;
 mod session;
 mod sharing;
+mod sharing_fuzz;
 mod shedding;
 mod spellings;
 mod support;
