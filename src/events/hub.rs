@@ -38,8 +38,12 @@ pub(crate) struct Hubs {
     hubs: Mutex<HashMap<String, Weak<Hub>>>,
 }
 
+/// Hears of every event's topic, before any subscriber does.
+pub(crate) type Told = Box<dyn Fn(&str) + Send + Sync>;
+
 /// What all hubs share.
 pub(super) struct Common {
+    told: Told,
     pub(super) control: ConnectUrl,
     pub(super) settings: Events,
     pub(super) connect_timeout: Duration,
@@ -52,6 +56,7 @@ pub(super) struct Common {
 impl Hubs {
     /// The listeners run on `handle`'s runtime, whatever thread subscribes.
     pub(crate) fn new(
+        told: Told,
         control: ConnectUrl,
         settings: Events,
         connect_timeout: Duration,
@@ -61,6 +66,7 @@ impl Hubs {
         let metrics = EventMetrics::register(registry);
         let tasks = Mutex::new(Some(JoinSet::new()));
         let common = Arc::new(Common {
+            told,
             control,
             settings,
             connect_timeout,
@@ -919,6 +925,7 @@ impl Hub {
     }
 
     pub(super) fn dispatch_event(&self, event: &Arc<Event>) {
+        (self.common.told)(&event.topic);
         let state = lock(&self.state);
         let mut frames = Frames::new(event, state.pid);
         let run = state.runs.get(&event.topic).into_iter().flatten();

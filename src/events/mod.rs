@@ -16,7 +16,7 @@ mod upstream;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use hub::{Hub, Hubs, Subscriber};
+pub(crate) use hub::{Hub, Hubs, Subscriber, Told};
 pub(crate) use snapshot::Snapshot;
 pub(crate) use subscription::{CutReason, Delivery, Event, Form};
 

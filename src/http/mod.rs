@@ -333,6 +333,7 @@ mod tests {
         let mut config = config::from_sources(None, std::iter::empty(), flags).unwrap();
         tweak(&mut config.http);
         let hubs = Hubs::new(
+            Box::new(|_| {}),
             config.primary.clone(),
             config.events.clone(),
             DEADLINE,
