@@ -4,7 +4,7 @@
 //! Locks: a hub's state first, an inbox second, never the other way round, neither over an await.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
@@ -46,6 +47,8 @@ pub(super) struct Common {
     told: Told,
     pub(super) control: ConnectUrl,
     pub(super) settings: Events,
+    /// Our readers' name in `flowgate.reader`, one a database.
+    pub(super) reader: Uuid,
     pub(super) connect_timeout: Duration,
     pub(super) metrics: EventMetrics,
     handle: Handle,
@@ -59,6 +62,7 @@ impl Hubs {
         told: Told,
         control: ConnectUrl,
         settings: Events,
+        reader: Uuid,
         connect_timeout: Duration,
         registry: &Registry,
         handle: Handle,
@@ -69,6 +73,7 @@ impl Hubs {
             told,
             control,
             settings,
+            reader,
             connect_timeout,
             metrics,
             handle,
@@ -140,6 +145,10 @@ pub(crate) struct Hub {
     state: Mutex<State>,
     /// There is something to do upstream.
     pub(super) kick: Notify,
+    /// A session of ours has committed what no look has begun to find.
+    observed: AtomicBool,
+    /// We were told by NOTIFY since the last look.
+    notified: AtomicBool,
     next_stream: AtomicU64,
 }
 
@@ -273,6 +282,15 @@ impl Work {
             && self.hungry.is_empty()
             && self.fences.is_empty()
     }
+}
+
+/// Why the outbox is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Reasons {
+    /// A session of ours has committed.
+    pub(super) observed: bool,
+    /// We were told.
+    pub(super) notified: bool,
 }
 
 enum Subscribed {
@@ -585,6 +603,8 @@ impl Hub {
             common,
             state,
             kick,
+            observed: AtomicBool::new(false),
+            notified: AtomicBool::new(false),
             next_stream: AtomicU64::new(1),
         }
     }
@@ -651,8 +671,17 @@ impl Hub {
         }
     }
 
-    /// Something may have been committed to the outbox: read it now rather than at the next probe.
-    pub(crate) fn wake(&self) {
+    /// A session of ours has committed, and may have sent events: of that nobody is notified. Costs a load where nobody reads.
+    pub(crate) fn committed(&self) {
+        // INVARIANT: taken back before a look begins, so whoever finds it set is seen by that look.
+        if !self.observed.load(Ordering::SeqCst) && !self.observed.swap(true, Ordering::SeqCst) {
+            self.kick.notify_one();
+        }
+    }
+
+    /// Something was committed to the outbox: read it now rather than at the next probe.
+    pub(super) fn wake(&self) {
+        self.notified.store(true, Ordering::SeqCst);
         let mut state = lock(&self.state);
         state.wake = true;
         let reading = state.outbox == Outbox::On;
@@ -811,6 +840,18 @@ impl Hub {
         state.evict_all(&everybody, CutReason::ShuttingDown);
         drop(state);
         self.kick.notify_one();
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.observed.load(Ordering::SeqCst)
+    }
+
+    /// A look at the outbox begins.
+    pub(super) fn take_reasons(&self) -> Reasons {
+        Reasons {
+            observed: self.observed.swap(false, Ordering::SeqCst),
+            notified: self.notified.swap(false, Ordering::SeqCst),
+        }
     }
 
     /// The floor: whether or not a wake-up came.

@@ -336,6 +336,7 @@ mod tests {
             Box::new(|_| {}),
             config.primary.clone(),
             config.events.clone(),
+            uuid::Uuid::nil(),
             DEADLINE,
             &registry,
             Handle::current(),

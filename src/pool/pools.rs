@@ -20,6 +20,7 @@ use super::stats::DatabaseStats;
 use crate::classify::Worth;
 use crate::config;
 use crate::metrics::Registry;
+use crate::pgflow::events::WAKE_SETTING;
 use crate::server::auth::Credentials;
 use crate::server::connect::Connector;
 use crate::server::parameters::Opening;
@@ -45,6 +46,8 @@ pub(crate) struct Pools {
     /// Numbers servers.
     servers: Arc<AtomicU64>,
     common: Arc<Common>,
+    /// The reader of events that sees what these servers commit.
+    observer: Option<uuid::Uuid>,
 }
 
 /// An upstream as pools see it.
@@ -91,6 +94,7 @@ impl Pools {
         settings: &config::Pool,
         roles: &[config::Role],
         shed: &config::Shed,
+        observer: Option<uuid::Uuid>,
         registry: &Registry,
         control: Handle,
     ) -> io::Result<Arc<Self>> {
@@ -138,6 +142,7 @@ impl Pools {
             settings: Mutex::new(settings.clone()),
             roles: Mutex::new(roles.to_vec()),
             servers: Arc::default(),
+            observer,
             common: Arc::new(Common {
                 counters,
                 shed: shed.clone(),
@@ -157,7 +162,10 @@ impl Pools {
 
     /// What of a new upstream may fail, such as reading its root certificates.
     pub(crate) fn prepare(&self, upstream: &Arc<Upstream>) -> io::Result<NewUpstream> {
-        let connector = Connector::new(&upstream.url, Arc::clone(&self.servers))?;
+        let mut connector = Connector::new(&upstream.url, Arc::clone(&self.servers))?;
+        if let Some(observer) = self.observer {
+            connector = connector.with_setting(WAKE_SETTING, observer.to_string());
+        }
         Ok(NewUpstream(Arc::new(Endpoint {
             connector: Arc::new(connector),
             control_role: Credentials::of_control_role(&upstream.url),

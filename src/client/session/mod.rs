@@ -42,7 +42,7 @@ use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, Feeds, RunRef, StatementClass, Worth};
 use crate::coalesce::Answer;
 use crate::config::{Priority, Reads, RoleTerms};
-use crate::events::Subscriber;
+use crate::events::{Hub, Subscriber};
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
@@ -83,6 +83,8 @@ pub(super) struct Session {
     state: State,
     prepared: Prepared,
     subscriber: Option<Subscriber>,
+    /// Who is to know what this session commits, once it has.
+    hub: Option<Arc<Hub>>,
     /// Before this instant a replica's answer would be older than what the client has seen.
     seen_until: Instant,
     /// When it logged in: what `seen_until` begins with.
@@ -175,6 +177,8 @@ struct Transaction {
     heard: Overheard,
     /// The queues it may put messages into.
     feeds: Feeds,
+    /// It may have sent events.
+    tells: bool,
 }
 
 /// What a transaction has had to do with.
@@ -269,6 +273,7 @@ impl Session {
             application_name: login.application_name,
             prepared: Prepared::new(login.id),
             subscriber: None,
+            hub: None,
             seen_until: began,
             began,
             wrote_until: shared.started,
@@ -330,6 +335,12 @@ impl Session {
             self.shared.runs.changed(touched.run);
         }
         self.give_up_server().await;
+        if self.transaction.tells
+            && let Some(hub) = self.hub()
+        {
+            // What was under way may have been committed.
+            hub.committed();
+        }
         for member in self.pools.iter().flatten() {
             member.pool().disown(self.id);
         }
@@ -447,6 +458,7 @@ impl Session {
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
         self.request.older = None;
         self.request.worth = Worth::default();
+        self.transaction.tells = true;
         self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
@@ -556,6 +568,9 @@ impl Session {
         self.note_subscriptions(effects);
         if consequences.settings_changed {
             self.adopt_settings(consequences);
+        }
+        if after == TxStatus::Idle || ending.chained {
+            self.tell(statements, ending);
         }
         if after == TxStatus::Idle {
             self.end_transaction(now).await?;
