@@ -446,9 +446,12 @@ async fn knock(address: SocketAddr, packets: Vec<Vec<u8>>) -> anyhow::Result<Tcp
     Ok(socket)
 }
 
+/// What was heard and when, while somebody wants to know.
+type Log = Rc<RefCell<Option<Vec<(u32, u64)>>>>;
+
 struct Ear {
     socket: TcpStream,
-    log: Rc<RefCell<Option<Vec<(u32, u64)>>>>,
+    log: Log,
     /// Of all.
     room: Rc<RefCell<Vec<u8>>>,
     heard: Arc<AtomicU64>,

@@ -15,7 +15,7 @@ use tokio::time::{Instant, interval, sleep_until, timeout};
 use tracing::{error, info, warn};
 
 use crate::cancel::CancelRegistry;
-use crate::classify::Classifier;
+use crate::classify::{Classifier, RunRef};
 use crate::client::accept;
 use crate::client::live::{Live, Running, Standing};
 use crate::client::shared::{Counters, Order, Seats, Shared};
@@ -26,11 +26,12 @@ use crate::client::{
 };
 use crate::coalesce::Flights;
 use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads, Wake};
-use crate::events::Hubs;
+use crate::events::{Hubs, Told};
 use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
 use crate::metrics::Registry;
 use crate::park::Park;
+use crate::pgflow::events::run_of_topic;
 use crate::pool::checkout::ClientIds;
 use crate::pool::pools::Pools;
 use crate::pool::probe::Freshness;
@@ -140,6 +141,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
     let pools = Pools::new(
         &upstreams,
         &config.pool,
+        &config.roles,
         &config.shed,
         (config.events.wake == Wake::Observe).then_some(reader),
         &registry,
@@ -147,7 +149,18 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
     )
     .map_err(AppError::Upstream)?;
     let connect_timeout = config.pool.connect_timeout;
+    let runs = Arc::new(RunTokens::new(Instant::now()));
+    // Of whatever the outbox tells, also of what was written past this proxy.
+    let told: Told = {
+        let runs = Arc::clone(&runs);
+        Box::new(move |topic| {
+            if let Some(run) = run_of_topic(topic) {
+                runs.changed(RunRef::Literal(run));
+            }
+        })
+    };
     let hubs = Hubs::new(
+        told,
         config.primary.clone(),
         config.events.clone(),
         reader,
@@ -189,8 +202,12 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         seats: Seats::new(config.pool.max_clients.get()),
         statements: StatementRegistry::new(u32::from_ne_bytes(random()?)),
         hubs: Arc::clone(&hubs),
-        runs: Arc::new(RunTokens::new(Instant::now())),
-        flights: Arc::new(Flights::new(&registry)),
+        runs,
+        flights: Arc::new(Flights::new(
+            config.cache.max_bytes,
+            config.cache.max_age.max(config.shed.max_stale),
+            &registry,
+        )),
         park: Arc::new(Park::new(config.poll.probe, &registry)),
         started: Instant::now(),
         asks_for_draws: false.into(),
@@ -447,7 +464,9 @@ impl Governor {
             config: Arc::clone(&config),
         });
         self.standing.send_modify(|standing| standing.live = live);
-        pools.adopt(&config.pool, &upstreams);
+        pools.adopt(&config.pool, &config.roles, &upstreams);
+        // Replicas may have other places from now on.
+        self.shared.flights.kept.clear();
         Ok(Reloaded { need_restart })
     }
 }

@@ -149,6 +149,13 @@ pub(crate) fn no_server(error: &CheckoutError) -> ErrorResponse {
     }
 }
 
+/// What goes before an answer from memory where there was too much to do.
+pub(crate) fn old_answer(age: Duration) -> ErrorResponse {
+    ErrorResponse::notice(format!("the answer is {} ms old", age.as_millis())).with_detail(
+        "There is more to do than can be done, so the request was answered from memory.",
+    )
+}
+
 /// What a client is told while its request waits.
 pub(crate) fn still_waiting(waited: Duration, pool: Counts) -> ErrorResponse {
     ErrorResponse::notice("the request is waiting for a server connection").with_detail(format!(

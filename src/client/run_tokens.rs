@@ -1,5 +1,5 @@
 //! How fresh a read of a run must be, whoever asks: no older than the last write to it, or answer about it, that passed
-//! through this proxy. Bounded; a forgotten run falls back to a floor that is never too low. (docs/design.md §6)
+//! through this proxy; and since when a kept answer about it will not do, whatever its age: since the last write. Bounded; a forgotten run falls back to a floor that is never too low. (docs/design.md §6)
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,11 +26,17 @@ struct Tokens {
     /// The latest of all runs' tokens, and the writes under way to any of them.
     latest: Instant,
     writing: u32,
+    /// The last write to any run in particular.
+    latest_written: Instant,
+    /// The last write to something that is no run's: a queue, say.
+    elsewhere: Instant,
 }
 
 #[derive(Clone, Copy)]
 struct Token {
     since: Instant,
+    /// The last write that has ended.
+    written: Instant,
     /// Writes under way: their commit may be visible before we hear of it.
     writing: u32,
 }
@@ -47,11 +53,14 @@ impl RunTokens {
             runs: HashMap::new(),
             everything: Token {
                 since: now,
+                written: now,
                 writing: 0,
             },
             forgotten: now,
             latest: now,
             writing: 0,
+            latest_written: now,
+            elsewhere: now,
         };
         Self {
             state: Mutex::new(state),
@@ -76,7 +85,38 @@ impl RunTokens {
         }
     }
 
-    /// Somebody has been shown `run` as it is now (`All`: any run), or may have written to it.
+    /// A transaction that may have written to `run` (`All`: any run) has ended.
+    pub(crate) fn written(&self, run: RunRef) {
+        self.seen(run);
+        self.changed(run);
+    }
+
+    /// `run` is not as it was: answers about it that are older will not do.
+    pub(crate) fn changed(&self, run: RunRef) {
+        self.lock().changed(run, Instant::now());
+    }
+
+    /// Answers about `run` to what was asked before are out of date, as far as this proxy has seen. While a write is under way
+    /// that is now: its maker may know of the commit before we do.
+    pub(crate) fn changed_at(&self, run: RunRef) -> Instant {
+        let state = self.lock();
+        let (own, writing) = match run {
+            RunRef::Literal(id) => match state.runs.get(&id) {
+                Some(token) => (token.written, token.writing),
+                None => (state.forgotten, 0),
+            },
+            RunRef::Param(_) | RunRef::All | RunRef::None => {
+                (state.latest_written.max(state.elsewhere), state.writing)
+            }
+        };
+        if writing + state.everything.writing > 0 {
+            Instant::now()
+        } else {
+            own.max(state.everything.written)
+        }
+    }
+
+    /// Somebody has been shown `run` as it is now (`All`: any run).
     pub(crate) fn seen(&self, run: RunRef) {
         let now = Instant::now();
         let mut state = self.lock();
@@ -134,6 +174,17 @@ impl Writing {
 }
 
 impl Tokens {
+    fn changed(&mut self, run: RunRef, now: Instant) {
+        match run {
+            RunRef::Literal(id) => {
+                self.token(id).written = now;
+                self.latest_written = now;
+            }
+            RunRef::Param(_) | RunRef::All => self.everything.written = now,
+            RunRef::None => self.elsewhere = now,
+        }
+    }
+
     fn token(&mut self, id: Uuid) -> &mut Token {
         if self.runs.len() >= RUNS_MAX && !self.runs.contains_key(&id) {
             // Half of them at once, so that it happens seldom. Those being written to stay.
@@ -146,6 +197,7 @@ impl Tokens {
         }
         let fresh = Token {
             since: self.forgotten,
+            written: self.forgotten,
             writing: 0,
         };
         self.runs.entry(id).or_insert(fresh)
@@ -156,6 +208,7 @@ impl Drop for Writing {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut state = self.tokens.lock();
+        state.changed(self.run, now);
         match self.run {
             RunRef::Literal(id) => {
                 let token = state.token(id);
@@ -194,6 +247,36 @@ mod tests {
         assert_eq!(tokens.since(RunRef::Literal(two)), start);
         drop(tokens.writing(RunRef::All));
         assert_eq!(tokens.since(RunRef::Literal(two)), Instant::now());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_go_out_of_date_by_writes_and_not_by_reads() {
+        let start = Instant::now();
+        let tokens = Arc::new(RunTokens::new(start));
+        let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let changed = |id| tokens.changed_at(RunRef::Literal(id));
+        let later = async || {
+            tokio::time::advance(Duration::from_secs(1)).await;
+            Instant::now()
+        };
+        later().await;
+        tokens.seen(RunRef::Literal(one));
+        tokens.seen(RunRef::All);
+        assert_eq!((changed(one), changed(two)), (start, start));
+        let writing = tokens.writing(RunRef::Literal(one));
+        let ended = later().await;
+        assert_eq!((changed(one), changed(two)), (ended, start));
+        drop(writing);
+        assert_eq!((changed(one), changed(two)), (ended, start));
+        assert_eq!(tokens.changed_at(RunRef::All), ended);
+        let polled = later().await;
+        tokens.written(RunRef::None);
+        assert_eq!((changed(one), changed(two)), (ended, start));
+        assert_eq!(tokens.changed_at(RunRef::None), polled);
+        let any = later().await;
+        tokens.written(RunRef::All);
+        assert_eq!((changed(one), changed(two)), (any, any));
+        assert_eq!(tokens.since(RunRef::Literal(two)), any);
     }
 
     #[tokio::test(start_paused = true)]

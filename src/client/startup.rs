@@ -25,9 +25,8 @@ use super::roster::{Kind, Listed, Newcomer};
 use super::session::{LoggedIn, Session};
 use super::shared::{Seats, Shared};
 use crate::cancel::CancelKey;
-use crate::classify::Worth;
 use crate::config::{ClientTls, PoolMode};
-use crate::pool::checkout::{Welcome, Wish};
+use crate::pool::checkout::{Rank, Welcome, Wish};
 use crate::server::auth::Credentials;
 use crate::server::conn::ServerConn;
 use crate::server::parameters::{Opening, Reported};
@@ -416,7 +415,8 @@ async fn introduce(
         client: id,
         opening: &login.opening,
         application_name: &login.application_name,
-        worth: Worth::default(),
+        rank: Rank::default(),
+        has_other: false,
     };
     let welcome = pool.log_in(wish).await;
     drop(pool);

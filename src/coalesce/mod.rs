@@ -1,15 +1,19 @@
 //! Identical reads share one query. A read may join a flight only if its query has not been sent yet; who comes later waits for
 //! the next one. So every answer was computed after it was asked for, and of each read one query at most is under way, however
-//! many ask. Knows keys and bytes; what makes two reads the same, and who may see what, is said by whoever makes the key. Called
-//! by `client/session/sharing.rs`.
+//! many ask. `store` keeps answers for those who may be told an older one. Knows keys and bytes; what makes two reads the same, and
+//! who may see what, is said by whoever makes the key. Called by `client/session/sharing.rs`.
+
+mod store;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
+use self::store::Store;
 use crate::metrics::{Counter, Registry};
 
 /// A flight that takes longer is waited for no more: its leader may be slow to read.
@@ -17,6 +21,8 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 
 pub(crate) struct Flights {
     routes: Mutex<HashMap<Arc<[u8]>, Route>>,
+    pub(crate) kept: Store,
+    next_number: AtomicU64,
     pub(crate) counters: Counters,
 }
 
@@ -27,6 +33,10 @@ pub(crate) struct Counters {
     pub(crate) followed: Arc<Counter>,
     /// Reads that waited for somebody else's query in vain.
     pub(crate) alone: Arc<Counter>,
+    /// Reads answered from memory, within `cache.max_age_ms`.
+    pub(crate) kept: Arc<Counter>,
+    /// The same, because there was too much to do, within `shed.max_stale_ms`.
+    pub(crate) stale: Arc<Counter>,
 }
 
 /// The flights of one key.
@@ -47,15 +57,32 @@ struct Flight {
 #[derive(Clone)]
 enum State {
     Pending,
-    Landed(Answer),
+    Landed(Arc<Answer>),
+    Refused,
     Failed,
 }
 
 /// Word for word what a leader was told, and where it came from: a replica, or the primary.
-#[derive(Clone)]
 pub(crate) struct Answer {
-    pub(crate) bytes: Arc<[u8]>,
+    pub(crate) bytes: Box<[u8]>,
     pub(crate) replica: Option<usize>,
+    /// When its query was sent.
+    pub(crate) asked: Instant,
+    /// It shows all that had been committed by then.
+    pub(crate) covers: Instant,
+    /// It shows nothing that came later than this.
+    pub(crate) landed: Instant,
+    /// Its own.
+    pub(crate) number: u64,
+}
+
+/// What somebody else's query came back with.
+pub(crate) enum Outcome {
+    Answered(Arc<Answer>),
+    /// There was too much to do for it to be asked.
+    Refused,
+    /// Nothing for others, or not in time.
+    Nothing,
 }
 
 pub(crate) enum Seat {
@@ -74,7 +101,8 @@ pub(crate) struct Leader {
 pub(crate) struct Follower(watch::Receiver<State>);
 
 impl Flights {
-    pub(crate) fn new(registry: &Registry) -> Self {
+    /// Answers are kept for `age_max`, in `bytes_max` bytes.
+    pub(crate) fn new(bytes_max: usize, age_max: Duration, registry: &Registry) -> Self {
         let reads = |by| {
             let help = "identical reads, by whose query answered them";
             registry.counter("flowgate_shared_reads_total", help, &[("answered_by", by)])
@@ -83,11 +111,19 @@ impl Flights {
             led: reads("own"),
             followed: reads("other"),
             alone: reads("own_after_waiting"),
+            kept: reads("memory"),
+            stale: reads("memory_under_load"),
         };
         Self {
             routes: Mutex::default(),
+            kept: Store::new(bytes_max, age_max, registry),
+            next_number: AtomicU64::new(1),
             counters,
         }
+    }
+
+    pub(crate) fn next_number(&self) -> u64 {
+        self.next_number.fetch_add(1, Ordering::Relaxed)
     }
 
     /// A seat for somebody who has seen everything up to `floor`.
@@ -123,7 +159,7 @@ impl Leader {
     pub(crate) async fn ready(&mut self) {
         if let Some(mut before) = self.before.take() {
             // Whatever it came back with.
-            drop(before.answer().await);
+            drop(before.outcome().await);
         }
     }
 
@@ -141,8 +177,14 @@ impl Leader {
         *lock(&self.flight.floor)
     }
 
-    pub(crate) fn land(self, answer: Answer) {
+    pub(crate) fn land(self, answer: Arc<Answer>) {
+        self.flights.kept.keep(&self.key, &answer);
         self.flight.state.send_replace(State::Landed(answer));
+    }
+
+    /// There is too much to do: for those on board as well.
+    pub(crate) fn refuse(self) {
+        self.flight.state.send_replace(State::Refused);
     }
 }
 
@@ -171,12 +213,17 @@ impl Drop for Leader {
 }
 
 impl Follower {
-    /// `None`: there is none, or not in time. Cancel-safe.
-    pub(crate) async fn answer(&mut self) -> Option<Answer> {
+    /// Cancel-safe.
+    pub(crate) async fn outcome(&mut self) -> Outcome {
         let landed = self.0.wait_for(|state| !matches!(state, State::Pending));
-        match timeout(WAIT_MAX, landed).await.ok()?.ok()?.clone() {
-            State::Landed(answer) => Some(answer),
-            State::Pending | State::Failed => None,
+        let state = match timeout(WAIT_MAX, landed).await {
+            Ok(Ok(state)) => state.clone(),
+            Ok(Err(_)) | Err(_) => return Outcome::Nothing,
+        };
+        match state {
+            State::Landed(answer) => Outcome::Answered(answer),
+            State::Refused => Outcome::Refused,
+            State::Pending | State::Failed => Outcome::Nothing,
         }
     }
 }
@@ -196,7 +243,7 @@ mod tests {
     use super::*;
 
     fn flights() -> Arc<Flights> {
-        Arc::new(Flights::new(&Registry::new()))
+        Arc::new(Flights::new(1 << 20, Duration::ZERO, &Registry::new()))
     }
 
     fn leader(flights: &Arc<Flights>, key: &[u8], floor: Instant) -> Leader {
@@ -213,11 +260,16 @@ mod tests {
         }
     }
 
-    fn answer(text: &str) -> Answer {
-        Answer {
+    fn answer(text: &str) -> Arc<Answer> {
+        let now = Instant::now();
+        Arc::new(Answer {
             bytes: text.as_bytes().into(),
             replica: None,
-        }
+            asked: now,
+            covers: now,
+            landed: now,
+            number: 0,
+        })
     }
 
     #[tokio::test(start_paused = true)]
@@ -235,7 +287,10 @@ mod tests {
         second.ready().await;
         assert_eq!(second.depart(), later, "as fresh as the most demanding");
         second.land(answer("two"));
-        assert_eq!(third.answer().await.unwrap().bytes[..], *b"two");
+        match third.outcome().await {
+            Outcome::Answered(answer) => assert_eq!(answer.bytes[..], *b"two"),
+            Outcome::Refused | Outcome::Nothing => panic!("an answer was expected"),
+        }
         assert!(lock(&flights.routes).is_empty());
     }
 
@@ -246,7 +301,12 @@ mod tests {
         let first = leader(&flights, b"k", now);
         let mut second = follower(&flights, b"k", now);
         drop(first);
-        assert!(second.answer().await.is_none());
+        assert!(matches!(second.outcome().await, Outcome::Nothing));
+        let first = leader(&flights, b"k", now);
+        let mut second = follower(&flights, b"k", now);
+        first.depart();
+        first.refuse();
+        assert!(matches!(second.outcome().await, Outcome::Refused));
         let first = leader(&flights, b"k", now);
         first.depart();
         let mut second = leader(&flights, b"k", now);

@@ -14,8 +14,8 @@ use super::raw::{self, Span};
 use super::{
     AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
     ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, Console, DatabaseName,
-    Events, Flags, Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Problem, ProxyProtocol,
-    Reads, Replication, Route, Secret, Shed, Wake,
+    Events, Flags, Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Priority, Problem,
+    ProxyProtocol, Reads, Replication, Role, RoleTerms, Route, Secret, Shed, Wake,
 };
 
 const AUTH_QUERY: &str = "select rolname, rolpassword from pg_catalog.pg_authid where rolname = $1 and rolcanlogin \
@@ -100,6 +100,7 @@ impl Check {
             .collect();
         let console = self.console(raw.console, primary.as_ref());
         let pool = self.pool(raw.pool);
+        let roles = self.roles(raw.role);
         let most = self.number(
             "replication.max_connections",
             raw.replication.max_connections,
@@ -143,6 +144,7 @@ impl Check {
             access,
             console,
             pool,
+            roles,
             replication,
             cluster,
             route,
@@ -591,6 +593,32 @@ impl Check {
             consistency: self.word("route.consistency", raw.consistency, &consistency),
             replica_wait: self.millis("route.replica_wait_ms", raw.replica_wait_ms, 20, 0..=60_000),
         }
+    }
+
+    fn roles(&mut self, raw: Vec<raw::Role>) -> Vec<Role> {
+        let mut roles: Vec<Role> = Vec::with_capacity(raw.len());
+        for (index, raw) in raw.into_iter().enumerate() {
+            let path = |key: &str| format!("role[{index}].{key}");
+            let name = said(raw.name).unwrap_or_default();
+            if name.is_empty() {
+                self.problem(&path("name"), "is missing: whom is this about?");
+            } else if roles.iter().any(|role| role.name == name) {
+                self.problem(&path("name"), format!("\"{name}\" was named before"));
+            }
+            let priorities = [
+                ("normal", Priority::Normal),
+                ("low", Priority::Low),
+                ("high", Priority::High),
+            ];
+            let most = self.number(&path("max_servers"), raw.max_servers, 0, 0..=10_000);
+            let terms = RoleTerms {
+                priority: self.word(&path("priority"), raw.priority, &priorities),
+                max_servers: usize::try_from(most).ok().and_then(NonZeroUsize::new),
+                stale: raw.stale.unwrap_or(true),
+            };
+            roles.push(Role { name, terms });
+        }
+        roles
     }
 
     fn cache(&mut self, raw: raw::Cache) -> Cache {

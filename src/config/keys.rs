@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::spell;
-use super::{AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Listen, Names};
+use super::{AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Listen, Names, Role};
 
 /// One key as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,6 +107,10 @@ const ROWS: &[Row] = &[
     row!("pool.server_lifetime", Reload, span, pool.server_lifetime),
     row!("pool.server_check", Reload, span_or_off, pool.server_check),
     row!("pool.dns_ttl", Reload, span_or_off, pool.dns_ttl),
+    row!("role.name", Reload, role_names, roles),
+    row!("role.priority", Reload, role_priorities, roles),
+    row!("role.max_servers", Reload, role_servers, roles),
+    row!("role.stale", Reload, role_stale, roles),
     row!(
         "replication.max_connections",
         Restart,
@@ -287,6 +291,27 @@ fn rule_tls(rules: &[AccessRule]) -> String {
 
 fn rule_cert_names(rules: &[AccessRule]) -> String {
     each_rule(rules, |rule| or_nothing(&rule.cert_name))
+}
+
+/// One place a role, in their order.
+fn each_role(roles: &[Role], show: impl Fn(&Role) -> String) -> String {
+    roles.iter().map(show).collect::<Vec<_>>().join("; ")
+}
+
+fn role_names(roles: &[Role]) -> String {
+    each_role(roles, |role| role.name.clone())
+}
+
+fn role_priorities(roles: &[Role]) -> String {
+    each_role(roles, |role| word(&role.terms.priority))
+}
+
+fn role_servers(roles: &[Role]) -> String {
+    each_role(roles, |role| or_zero(&role.terms.max_servers))
+}
+
+fn role_stale(roles: &[Role]) -> String {
+    each_role(roles, |role| plain(&role.terms.stale))
 }
 
 fn ranges(value: &[Cidr]) -> String {

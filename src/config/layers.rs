@@ -215,7 +215,7 @@ impl Layers {
             let source = Source::Env(name.clone());
             if (section, key) == ("replica", "url") {
                 self.replicas(text.split_whitespace(), &source);
-            } else if section == "access" {
+            } else if section == "access" || section == "role" {
                 let words = "is a list in order, which variables cannot say: write it in the file";
                 self.problem(section, words, source);
             } else {

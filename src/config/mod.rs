@@ -34,6 +34,8 @@ pub struct Config {
     pub access: Vec<AccessRule>,
     pub console: Console,
     pub pool: Pool,
+    /// Each name once.
+    pub roles: Vec<Role>,
     pub replication: Replication,
     pub cluster: Cluster,
     pub route: Route,
@@ -48,6 +50,12 @@ pub struct Config {
 }
 
 impl Config {
+    /// What was said of this user, or holds for those of whom nothing was said.
+    pub fn role(&self, user: &str) -> RoleTerms {
+        let role = self.roles.iter().find(|role| role.name == user);
+        role.map_or_else(RoleTerms::default, |role| role.terms)
+    }
+
     /// Whoever reaches us from elsewhere would be let in unasked, and nobody said that this is wanted.
     pub fn trusts_strangers(&self) -> bool {
         let open = |rule: &AccessRule| {
@@ -273,6 +281,60 @@ pub enum Consistency {
     Session,
     Eventual,
     Primary,
+}
+
+/// One `[[role]]`: a user, by the name it logs in with.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Role {
+    pub name: String,
+    pub terms: RoleTerms,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoleTerms {
+    pub priority: Priority,
+    /// In each of its pools; `None`: `pool.size`.
+    pub max_servers: Option<NonZeroUsize>,
+    /// It may be given older answers under load (`shed.max_stale_ms`).
+    pub stale: bool,
+}
+
+impl Default for RoleTerms {
+    fn default() -> Self {
+        Self {
+            priority: Priority::Normal,
+            max_servers: None,
+            stale: true,
+        }
+    }
+}
+
+/// `role.priority`, and what a session may say of itself: who is served first when not all can be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    Low,
+    #[default]
+    Normal,
+    High,
+}
+
+impl Priority {
+    pub(crate) const ALL: [Self; 3] = [Self::Low, Self::Normal, Self::High];
+
+    /// `None`: another word, or `default`.
+    pub(crate) fn of_word(word: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|priority| word.eq_ignore_ascii_case(priority.name()))
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Normal => "normal",
+            Self::High => "high",
+        }
+    }
 }
 
 /// `[cache]`: shared reads kept for a while.

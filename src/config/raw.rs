@@ -9,7 +9,7 @@ use serde::de;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// Sections written in double brackets, once for each.
-pub(super) const LISTS: [&str; 2] = ["replica", "access"];
+pub(super) const LISTS: [&str; 3] = ["replica", "access", "role"];
 
 /// The whole file. `Serialize` is there for `key_paths`: the structs themselves are the list of valid keys.
 #[derive(Default, Deserialize, Serialize)]
@@ -22,6 +22,7 @@ pub(super) struct File {
     pub(super) access: Vec<Access>,
     pub(super) console: Console,
     pub(super) pool: Pool,
+    pub(super) role: Vec<Role>,
     pub(super) replication: Replication,
     pub(super) cluster: Cluster,
     pub(super) route: Route,
@@ -77,6 +78,16 @@ pub(super) struct Access {
     pub(super) method: Option<String>,
     pub(super) tls: Option<String>,
     pub(super) cert_name: Option<String>,
+}
+
+/// Each `[[role]]`.
+#[derive(Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Role {
+    pub(super) name: Option<String>,
+    pub(super) priority: Option<String>,
+    pub(super) max_servers: Option<i64>,
+    pub(super) stale: Option<bool>,
 }
 
 #[derive(Default, Deserialize, Serialize)]
@@ -253,11 +264,12 @@ impl<'de> Deserialize<'de> for OneOrMore {
     }
 }
 
-/// Every valid key, as `section.key`; `replica.url` stands for each replica's, `access.…` for each rule's.
+/// Every valid key, as `section.key`; `replica.url` stands for each replica's, `access.…` for each rule's, and so on.
 pub(super) fn key_paths() -> BTreeSet<String> {
     let file = File {
         replica: vec![Upstream::default()],
         access: vec![Access::default()],
+        role: vec![Role::default()],
         ..File::default()
     };
     let file = serde_json::to_value(file).expect("options and strings serialize");

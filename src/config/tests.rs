@@ -71,6 +71,7 @@ fn the_example_file_says_what_the_code_does_when_nothing_is_said() {
     // There is no rule by default; the example's says nothing but what a rule is without a word.
     defaults.access = accept("[[access]]").access;
     assert_eq!(defaults.access.len(), 1);
+    defaults.roles = accept("[[role]]\nname = \"dashboards\"").roles;
     assert_eq!(read(&uncommented(), &[], Flags::default()), Ok(defaults));
 }
 
@@ -111,6 +112,7 @@ fn every_value_said_arrives() {
         cluster = {{ address = "me:1", peers = ["you:2", "[::1]:3"], forwards_max = 4 }}
         console = {{ admin_users = ["ada"], stats_users = ["bob", "carl"] }}
         pool = {{ mode = "session", size = 4, min_size = 3, reserve_size = 21, reserve_timeout = "22s", max_server_connections = 23, connects_at_once = 24, max_clients = 5, checkout_timeout = "6ms0", notice_after = "25s", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h", server_check = "off", dns_ttl = "26s" }}
+        role = [{{ name = "d", priority = "low", max_servers = 6, stale = false }}, {{ name = "e", priority = "high" }}]
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
         poll = {{ park = false, probe_ms = 13 }}
@@ -196,6 +198,23 @@ fn every_value_said_arrives() {
             server_check: None,
             dns_ttl: Some(secs(26)),
         },
+        roles: vec![
+            Role {
+                name: "d".into(),
+                terms: RoleTerms {
+                    priority: Priority::Low,
+                    max_servers: NonZeroUsize::new(6),
+                    stale: false,
+                },
+            },
+            Role {
+                name: "e".into(),
+                terms: RoleTerms {
+                    priority: Priority::High,
+                    ..RoleTerms::default()
+                },
+            },
+        ],
         route: Route {
             reads: Reads::All,
             consistency: Consistency::Eventual,
@@ -502,6 +521,14 @@ fn values_out_of_range_are_refused() {
     check(
         "[shed]\ntarget_ms = 500",
         "shed.window_ms: is shorter than shed.target_ms, 500ms",
+    );
+    check(
+        "[[role]]\npriority = \"low\"",
+        "role[0].name: is missing: whom is this about?",
+    );
+    check(
+        "[[role]]\nname = \"a\"\n[[role]]\nname = \"a\"",
+        "role[1].name: \"a\" was named before (f.toml:4)",
     );
     let words = "a duration in quotes, such as \"20ms\", \"5s\" or \"7d\"";
     check(

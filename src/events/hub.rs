@@ -44,8 +44,12 @@ pub(crate) struct Hubs {
     hubs: Mutex<HashMap<String, Weak<Hub>>>,
 }
 
+/// Hears of every event's topic, before any subscriber does.
+pub(crate) type Told = Box<dyn Fn(&str) + Send + Sync>;
+
 /// What all hubs share.
 pub(super) struct Common {
+    told: Told,
     pub(super) control: ConnectUrl,
     pub(super) settings: Events,
     /// Our readers' name in `flowgate.reader`, one a database.
@@ -62,6 +66,7 @@ impl Hubs {
     /// The listeners run on `handle`'s runtime, whatever thread subscribes. Within `recheck` they hear no more of what was
     /// revoked.
     pub(crate) fn new(
+        told: Told,
         control: ConnectUrl,
         settings: Events,
         reader: Uuid,
@@ -73,6 +78,7 @@ impl Hubs {
         let metrics = EventMetrics::register(registry);
         let tasks = Mutex::new(Some(JoinSet::new()));
         let common = Arc::new(Common {
+            told,
             control,
             settings,
             reader,
@@ -1071,6 +1077,7 @@ impl Hub {
     }
 
     pub(super) fn dispatch_event(&self, event: &Arc<Event>) {
+        (self.common.told)(&event.topic);
         let mut state = lock(&self.state);
         let known = |asker: &Asker, run| self.sight.known(asker, run);
         let mut frames = Frames::new(event, state.pid, &known);

@@ -18,7 +18,7 @@ mod watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use hub::{Hub, Hubs, Subscriber};
+pub(crate) use hub::{Hub, Hubs, Subscriber, Told};
 pub(crate) use sight::{Proof, Rights, Rows, Sight};
 pub(crate) use snapshot::Snapshot;
 pub(crate) use subscription::{CutReason, Delivery, Event, Form};

@@ -335,6 +335,7 @@ mod tests {
         let mut config = config::from_sources(None, std::iter::empty(), flags).unwrap();
         tweak(&mut config.http);
         let hubs = Hubs::new(
+            Box::new(|_| {}),
             config.primary.clone(),
             config.events.clone(),
             uuid::Uuid::nil(),

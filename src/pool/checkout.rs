@@ -21,6 +21,7 @@ use super::alarm::Alarm;
 use super::budget::{Ask, Budget, Place, Room};
 use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
+pub(crate) use super::shelf::Rank;
 use super::shelf::{Bounds, ClientId, Offer, Put, Shelf, Shelved, Take};
 use super::stats::DatabaseStats;
 use crate::classify::Worth;
@@ -80,8 +81,14 @@ impl Books {
     /// How long a request may wait that is worth so little that it is refused for others' sake; `None`: as long as any. Too much
     /// is a queue that a burst does not explain; once that has lasted a while, waiting any longer has no prospect.
     /// (controlled delay: queue.acm.org/detail.cfm?id=2839461)
-    fn patience(&self, worth: Worth, now: Instant, shed: &config::Shed) -> Option<Duration> {
-        if worth > Worth::Read || self.shelf.is_paused() {
+    fn patience(&self, wish: Wish<'_>, now: Instant, shed: &config::Shed) -> Option<Duration> {
+        if self.shelf.is_paused() {
+            return None;
+        }
+        if wish.has_other {
+            return Some(shed.target);
+        }
+        if !wish.rank.gives_way() {
             return None;
         }
         let ordinary = (self.shelf.bounds().size * QUEUE_A_SERVER).max(QUEUE_MIN);
@@ -273,7 +280,9 @@ pub(crate) struct Wish<'a> {
     pub(crate) client: ClientId,
     pub(crate) opening: &'a Arc<Opening>,
     pub(crate) application_name: &'a str,
-    pub(crate) worth: Worth,
+    pub(crate) rank: Rank,
+    /// There is something else for it than to wait.
+    pub(crate) has_other: bool,
 }
 
 #[derive(Debug, Error)]
@@ -432,8 +441,8 @@ impl Pool {
                 let (client, kind) = (wish.client, wish.opening);
                 let taken = books
                     .shelf
-                    .take(client, kind, wish.worth, now, &mut ask, wake);
-                let patience = books.patience(wish.worth, now, &self.common.shed);
+                    .take(client, kind, wish.rank, now, &mut ask, wake);
+                let patience = books.patience(wish, now, &self.common.shed);
                 (taken, books.terms, patience)
             };
             match taken {
@@ -475,7 +484,8 @@ impl Pool {
                     return match wait(wished, receiver, until, alarm).await {
                         Some(Grant::Server(checkout)) => Ok(checkout),
                         Some(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
-                        None if sheds.is_some() => Err(self.shed(wish.worth, within)),
+                        None if wish.has_other => Err(CheckoutError::TimedOut(within)),
+                        None if sheds.is_some() => Err(self.refuse(wish.rank.worth, within)),
                         None => {
                             self.common.counters.timed_out.inc();
                             Err(CheckoutError::TimedOut(within))
@@ -518,7 +528,7 @@ impl Pool {
     }
 
     /// A request that is worth too little to wait any longer.
-    fn shed(&self, worth: Worth, waited: Duration) -> CheckoutError {
+    pub(crate) fn refuse(&self, worth: Worth, waited: Duration) -> CheckoutError {
         self.common.counters.shed[worth as usize].inc();
         self.shed[worth as usize].fetch_add(1, Ordering::Relaxed);
         CheckoutError::Shed {
@@ -769,7 +779,8 @@ impl Pool {
                     client: 0,
                     opening: &opening,
                     application_name: "",
-                    worth: Worth::default(),
+                    rank: Rank::default(),
+                    has_other: false,
                 };
                 match pool.open(slot, wish).await {
                     Ok(server) => match reset::prove(&server) {

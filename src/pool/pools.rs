@@ -42,6 +42,7 @@ pub(crate) struct Pools {
     orders: Mutex<Orders>,
     stats: Mutex<HashMap<String, Arc<DatabaseStats>>>,
     settings: Mutex<config::Pool>,
+    roles: Mutex<Vec<config::Role>>,
     /// Numbers servers.
     servers: Arc<AtomicU64>,
     common: Arc<Common>,
@@ -91,6 +92,7 @@ impl Pools {
     pub(crate) fn new(
         upstreams: &[Arc<Upstream>],
         settings: &config::Pool,
+        roles: &[config::Role],
         shed: &config::Shed,
         observer: Option<uuid::Uuid>,
         registry: &Registry,
@@ -138,6 +140,7 @@ impl Pools {
             orders: Mutex::default(),
             stats: Mutex::default(),
             settings: Mutex::new(settings.clone()),
+            roles: Mutex::new(roles.to_vec()),
             servers: Arc::default(),
             observer,
             common: Arc::new(Common {
@@ -198,13 +201,26 @@ impl Pools {
             Arc::clone(&endpoint.connector),
             Arc::clone(&endpoint.budget),
             credentials,
-            &lock(&self.settings),
+            &self.settings_of(&opening.user),
             lock(&self.orders).is_paused(&opening.database),
             self.stats_of(&opening.database),
             Arc::clone(&self.common),
         );
         pools.insert(key, Arc::clone(&pool));
         pool
+    }
+
+    /// `[pool]`, within what the user may have.
+    fn settings_of(&self, user: &str) -> config::Pool {
+        let mut settings = lock(&self.settings).clone();
+        let roles = lock(&self.roles);
+        let role = roles.iter().find(|role| role.name == user);
+        if let Some(most) = role.and_then(|role| role.terms.max_servers) {
+            settings.size = settings.size.min(most);
+            settings.reserve_size = settings.reserve_size.min(most.get() - settings.size.get());
+            settings.min_size = settings.min_size.min(most.get());
+        }
+        settings
     }
 
     fn stats_of(&self, database: &str) -> Arc<DatabaseStats> {
@@ -372,16 +388,29 @@ impl Pools {
     }
 
     /// New settings, and the upstreams in use from now on: pools of others give their servers up.
-    pub(crate) fn adopt(&self, settings: &config::Pool, upstreams: &[Arc<Upstream>]) {
+    pub(crate) fn adopt(
+        &self,
+        settings: &config::Pool,
+        roles: &[config::Role],
+        upstreams: &[Arc<Upstream>],
+    ) {
         *lock(&self.settings) = settings.clone();
+        *lock(&self.roles) = roles.to_vec();
         let endpoints: Vec<_> = lock(&self.endpoints).values().cloned().collect();
         for endpoint in endpoints {
             let in_use = upstreams.iter().any(|used| used.id == endpoint.upstream.id);
             endpoint.in_use.store(in_use, Ordering::Relaxed);
             endpoint.budget.resize(settings);
         }
-        for pool in self.of(None) {
-            pool.adopt(settings);
+        let pools: Vec<_> = {
+            let pools = lock(&self.pools);
+            let named = pools.iter();
+            named
+                .map(|((_, user, _), pool)| (user.clone(), Arc::clone(pool)))
+                .collect()
+        };
+        for (user, pool) in pools {
+            pool.adopt(&self.settings_of(&user));
         }
         self.leave_unused();
     }

@@ -40,6 +40,11 @@ impl Settings {
         self.values.contains_key(name)
     }
 
+    /// The whole SET statement.
+    pub(crate) fn statement(&self, name: &str) -> Option<&str> {
+        self.values.get(name).map(String::as_str)
+    }
+
     pub(crate) fn unset(&mut self, name: &str) {
         self.values.remove(name);
         if name == AUTHORIZATION {

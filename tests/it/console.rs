@@ -69,7 +69,10 @@ const COLUMNS: &[(&str, &str)] = &[
     ("PINS", "reason pins clients"),
     ("SUBSCRIBERS", "database channel kind subscribers queued"),
     ("PARKED", "database queue waiting reading longest_ms"),
-    ("LIMITS", "upstream class limit in_use queued refused"),
+    (
+        "LIMITS",
+        "upstream class role priority limit in_use queued refused",
+    ),
     ("RUNS", "run_id writing seen_ms_ago subscribers"),
     (
         "UPSTREAMS",

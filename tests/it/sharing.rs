@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
+use flowgate::config::Config;
 use futures_util::future::join_all;
 use tokio_postgres::SimpleQueryMessage;
 
-use crate::events::define_flow;
+use crate::events::{define_flow, finish_run};
 use crate::support::chance::{Chance, seed};
 use crate::support::pg::{TestDb, fresh_database, replica_catches_up};
 use crate::support::proxy::{PATIENCE, Proxy, connect, text};
@@ -14,6 +15,8 @@ use crate::support::raw::{bind_text, execute, first_columns, parse, query, sync,
 use crate::support::wait::wait_until;
 
 const READ: &str = "select opt_max_attempts from pgflow.flows where flow_slug = 'greet'";
+
+const HOUR: Duration = Duration::from_secs(3_600);
 
 fn reads(proxy: &Proxy, answered_by: &str) -> u64 {
     proxy.metric(&format!(
@@ -82,9 +85,10 @@ async fn one_query_answers_all_who_asked_before_it_was_sent() {
 async fn an_answer_is_never_older_than_its_question() {
     const WRITES: i32 = 120;
     let db = with_flow().await;
-    for replicas in [false, true] {
-        let size = |config: &mut flowgate::config::Config| {
+    for (replicas, kept) in [(false, false), (true, false), (false, true), (true, true)] {
+        let size = |config: &mut Config| {
             config.pool.size = 3.try_into().unwrap();
+            config.cache.max_age = if kept { HOUR } else { Duration::ZERO };
             config.route.replica_wait = Duration::from_millis(5);
         };
         let proxy = if replicas {
@@ -122,6 +126,11 @@ async fn an_answer_is_never_older_than_its_question() {
         });
         tokio::join!(writer, join_all(readers));
         assert!(reads(&proxy, "other") > 0, "nothing was shared");
+        let client = proxy.connect().await;
+        for _ in 0..2 {
+            assert_eq!(text(&client, READ).await, WRITES.to_string());
+        }
+        assert_eq!(reads(&proxy, "memory") > 0, kept);
         proxy.shut_down().await;
     }
 }
@@ -145,12 +154,56 @@ async fn nobody_gets_what_another_may_see() {
         ))
         .await
         .unwrap();
-    let proxy = Proxy::with_pool(&db, 2).await;
-    let clients = (0..40).map(|me| {
-        let (db, proxy, role) = (&db, &proxy, &role);
-        async move {
-            let mut chance = Chance::of(seed, me);
-            let which = 1 + me % 2;
+    for max_age in [Duration::ZERO, HOUR] {
+        let proxy = Proxy::without_replica(&db, |config| {
+            config.pool.size = 2.try_into().unwrap();
+            config.cache.max_age = max_age;
+        })
+        .await;
+        let clients = (0..40).map(|me| {
+            let (db, proxy, role) = (&db, &proxy, &role);
+            async move {
+                let mut chance = Chance::of(seed, me);
+                let which = 1 + me % 2;
+                let url = format!(
+                    "postgres://{}@127.0.0.1:{}/{}",
+                    role(which),
+                    proxy.port,
+                    db.name
+                );
+                let client = connect(&url).await;
+                let mut tenant = "a";
+                client.batch_execute("set app.tenant = 'a'").await.unwrap();
+                for _ in 0..60 {
+                    if chance.one_in(6) {
+                        tenant = ["a", "b", "c"][chance.index(3)];
+                        let set = format!("set app.tenant = '{tenant}'");
+                        client.batch_execute(&set).await.unwrap();
+                    }
+                    let read = "select flow_slug from pgflow.flows order by 1";
+                    let rows: Vec<String> = client
+                        .simple_query(read)
+                        .await
+                        .unwrap()
+                        .iter()
+                        .filter_map(|message| match message {
+                            SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+                            _ => None,
+                        })
+                        .collect();
+                    let expected: Vec<_> = ["a", "b", "c", "greet"]
+                        .into_iter()
+                        .filter(|slug| (*slug == tenant) == (which == 1))
+                        .collect();
+                    assert_eq!(rows, expected, "{tenant}, role {which}");
+                }
+            }
+        });
+        join_all(clients).await;
+        assert!(reads(&proxy, "other") > 0, "nothing was shared");
+        // Nobody writes any more.
+        let mut quiet = Vec::new();
+        for (which, tenant) in [(1, "a"), (2, "a"), (1, "b"), (2, "b"), (1, "a"), (2, "b")] {
             let url = format!(
                 "postgres://{}@127.0.0.1:{}/{}",
                 role(which),
@@ -158,35 +211,116 @@ async fn nobody_gets_what_another_may_see() {
                 db.name
             );
             let client = connect(&url).await;
-            let mut tenant = "a";
-            client.batch_execute("set app.tenant = 'a'").await.unwrap();
-            for _ in 0..60 {
-                if chance.one_in(6) {
-                    tenant = ["a", "b", "c"][chance.index(3)];
-                    let set = format!("set app.tenant = '{tenant}'");
-                    client.batch_execute(&set).await.unwrap();
-                }
-                let read = "select flow_slug from pgflow.flows order by 1";
-                let rows: Vec<String> = client
-                    .simple_query(read)
-                    .await
-                    .unwrap()
-                    .iter()
-                    .filter_map(|message| match message {
-                        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-                        _ => None,
-                    })
-                    .collect();
-                let expected: Vec<_> = ["a", "b", "c", "greet"]
-                    .into_iter()
-                    .filter(|slug| (*slug == tenant) == (which == 1))
-                    .collect();
-                assert_eq!(rows, expected, "{tenant}, role {which}");
+            let set = format!("set app.tenant = '{tenant}'");
+            client.batch_execute(&set).await.unwrap();
+            quiet.push((which, tenant, client));
+        }
+        let memory = reads(&proxy, "memory");
+        for _ in 0..2 {
+            for (which, tenant, client) in &quiet {
+                let read = "select string_agg(flow_slug, ',' order by flow_slug) from pgflow.flows";
+                let others = if *tenant == "a" {
+                    "b,c,greet"
+                } else {
+                    "a,c,greet"
+                };
+                let expected = if *which == 1 { tenant } else { others };
+                assert_eq!(text(client, read).await, expected, "{tenant}, role {which}");
             }
         }
-    });
-    join_all(clients).await;
-    assert!(reads(&proxy, "other") > 0, "nothing was shared");
+        let kept = if max_age.is_zero() { 0 } else { 8 };
+        assert_eq!(reads(&proxy, "memory") - memory, kept);
+        proxy.shut_down().await;
+    }
+}
+
+#[tokio::test]
+async fn a_kept_answer_costs_no_server_and_ends_with_a_write() {
+    let db = with_flow().await;
+    let proxy = Proxy::without_replica(&db, |config| config.cache.max_age = HOUR).await;
+    let direct = db.connect().await;
+    let (one, two, writer) = (
+        proxy.connect().await,
+        proxy.connect().await,
+        proxy.connect().await,
+    );
+    let before = text(&one, READ).await;
+    direct
+        .batch_execute("update pgflow.flows set opt_max_attempts = 77")
+        .await
+        .unwrap();
+    let to_primary = proxy.requests("primary");
+    for reader in [&one, &two, &one] {
+        assert_eq!(text(reader, READ).await, before);
+    }
+    assert_eq!(proxy.requests("primary"), to_primary);
+    assert_eq!(reads(&proxy, "memory"), 3);
+    // Another kind of client, and other messages.
+    let mut raw = proxy.raw().await;
+    let unnamed = [
+        parse("", READ),
+        bind_text("", "", &[]),
+        execute("", 0),
+        sync(),
+    ]
+    .concat();
+    for (request, expected) in [(query(READ), "TDCZ"), (unnamed, "12DCZ")] {
+        for _ in 0..2 {
+            let answer = raw.ask_frames(&request).await;
+            assert_eq!(tags(&answer), expected);
+            assert_eq!(first_columns(&answer), ["77"]);
+        }
+    }
+    assert_eq!(reads(&proxy, "memory"), 5);
+    assert_eq!(proxy.requests("primary"), to_primary + 2);
+    direct
+        .batch_execute("update pgflow.flows set opt_max_attempts = 78")
+        .await
+        .unwrap();
+    // This session has been shown something newer than what is kept of the same in a simple query; another has not.
+    assert_eq!(first_columns(&raw.ask_frames(&query(READ)).await), ["78"]);
+    assert_eq!(text(&two, READ).await, before);
+    writer
+        .batch_execute("update pgflow.flows set opt_max_attempts = 79")
+        .await
+        .unwrap();
+    for reader in [&one, &two, &writer] {
+        assert_eq!(text(reader, READ).await, "79");
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn an_event_ends_what_is_kept_of_its_run() {
+    let db = with_flow().await;
+    let proxy = Proxy::without_replica(&db, |config| config.cache.max_age = HOUR).await;
+    let direct = db.connect().await;
+    let start = "select run_id from pgflow.start_flow('greet', '{}')";
+    let [run, other] = [text(&direct, start).await, text(&direct, start).await];
+    let (follower, mut hearing) = proxy.connect_hearing().await;
+    follower
+        .batch_execute(&format!("listen \"pgflow:run:{run}\""))
+        .await
+        .unwrap();
+    let reader = proxy.connect().await;
+    let state = |run: &str| format!("select status from pgflow.runs where run_id = '{run}'");
+    for run in [&run, &other] {
+        assert_eq!(text(&reader, &state(run)).await, "started");
+    }
+    // Past the proxy.
+    let done = run.parse().unwrap();
+    finish_run(&direct, "greet", done).await;
+    while !hearing
+        .notification()
+        .await
+        .payload()
+        .contains("run:completed")
+    {}
+    assert_eq!(text(&reader, &state(&run)).await, "completed");
+    let memory = reads(&proxy, "memory");
+    let another = proxy.connect().await;
+    assert_eq!(text(&another, &state(&other)).await, "started");
+    assert_eq!(reads(&proxy, "memory"), memory + 1);
     proxy.shut_down().await;
 }
 

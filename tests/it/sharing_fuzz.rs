@@ -205,7 +205,7 @@ impl<'a> Me<'a> {
                 self.tenant = self.first_tenant;
             }
             10 | 11 => {
-                self.style = chance.pick(&STYLES);
+                self.style = chance.pick::<&str>(&STYLES);
                 self.run(&format!("set datestyle = '{}'", self.style)).await;
             }
             12 | 13 => {

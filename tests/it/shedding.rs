@@ -1,10 +1,12 @@
 //! Too much to do: what is worth more is served first, what is worth least is refused early and in words, and nobody else notices.
 
-use flowgate::config::Config;
+use std::time::Duration;
+
+use flowgate::config::{Config, Priority, Role, RoleTerms};
 
 use crate::support::pg::fresh_database;
-use crate::support::proxy::{PATIENCE, Proxy, row, text};
-use crate::support::raw::{Raw, error_code, query, tags, transcript};
+use crate::support::proxy::{PATIENCE, Proxy, connect, row, text};
+use crate::support::raw::{Raw, error_code, first_columns, query, tags, transcript};
 use crate::support::wait::wait_until;
 
 fn one_server(config: &mut Config) {
@@ -90,6 +92,187 @@ async fn work_already_paid_for_goes_first_and_reads_are_refused_in_words() {
     let served = reader.ask_frames(&query("select 1")).await;
     assert_eq!(tags(&served), "TDCZ", "{}", transcript(&served));
     assert_eq!(text(&holder, "select 1").await, "1");
+    proxy.shut_down().await;
+}
+
+fn role(name: &str, terms: RoleTerms) -> Role {
+    Role {
+        name: name.to_owned(),
+        terms,
+    }
+}
+
+#[tokio::test]
+async fn under_load_a_read_gets_an_older_answer_that_says_so_but_never_one_before_its_own_writes() {
+    let db = fresh_database().await;
+    let direct = db.connect().await;
+    let strict = format!("{}_strict", db.name);
+    direct
+        .batch_execute(&format!(
+            "create role {strict} login; grant usage on schema pgflow to {strict}; grant select on pgflow.flows to {strict};
+             select pgflow.create_flow('a')"
+        ))
+        .await
+        .unwrap();
+    let proxy = Proxy::without_replica(&db, |config| {
+        one_server(config);
+        config.shed.max_stale = Duration::from_secs(3_600);
+        let stale = false;
+        let terms = RoleTerms {
+            stale,
+            ..RoleTerms::default()
+        };
+        config.roles.push(role(&strict, terms));
+    })
+    .await;
+    let console = proxy.console().await;
+    let read = query("select count(*) from pgflow.flows");
+    let mut reader = proxy.raw().await;
+    let mut writer = proxy.raw().await;
+    let mut other = Raw::login(proxy.port, &strict, &db.name, &[]).await;
+    for client in [&mut reader, &mut other] {
+        let answer = client.ask_frames(&read).await;
+        assert_eq!(first_columns(&answer), ["1"]);
+    }
+    let frames = writer
+        .ask_frames(&query("select pgflow.create_flow('b')"))
+        .await;
+    assert!(tags(&frames).ends_with("CZ"), "{}", transcript(&frames));
+    let holders = [
+        proxy.connect().await,
+        connect(&other_url(&proxy, &strict)).await,
+    ];
+    for holder in &holders {
+        holder.batch_execute("begin").await.unwrap();
+    }
+    let answer = reader.ask_frames(&read).await;
+    assert_eq!(tags(&answer), "NTDCZ", "{}", transcript(&answer));
+    let notice = answer[0].field(b'M').unwrap();
+    assert!(
+        notice.starts_with("the answer is ") && notice.ends_with(" ms old"),
+        "{notice}"
+    );
+    assert_eq!(first_columns(&answer), ["1"]);
+    let memory = "flowgate_shared_reads_total{answered_by=\"memory_under_load\"}";
+    assert_eq!(proxy.metric(memory), 1);
+    // These wait: one has written since, the other may not be told what is old.
+    writer.send(&read).await;
+    other.send(&read).await;
+    wait_until("both wait", PATIENCE, async || {
+        queued(&console, "read").await == "2"
+    })
+    .await;
+    for holder in &holders {
+        holder.batch_execute("commit").await.unwrap();
+    }
+    for client in [&mut writer, &mut other] {
+        let answer = client.until_ready().await;
+        assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+        assert_eq!(first_columns(&answer), ["2"]);
+    }
+    let answer = reader.ask_frames(&read).await;
+    assert_eq!(tags(&answer), "TDCZ");
+    assert_eq!(first_columns(&answer), ["2"]);
+    assert_eq!(proxy.metric(memory), 1);
+    proxy.shut_down().await;
+}
+
+fn other_url(proxy: &Proxy, user: &str) -> String {
+    format!(
+        "postgres://{user}@127.0.0.1:{}/{}",
+        proxy.port, proxy.database
+    )
+}
+
+#[tokio::test]
+async fn whoever_has_a_priority_is_served_by_it_and_a_role_has_no_more_servers_than_it_may() {
+    let db = fresh_database().await;
+    let direct = db.connect().await;
+    let low = format!("{}_low", db.name);
+    direct
+        .batch_execute(&format!(
+            "create table log (at serial, who text); create role {low} login;
+             grant all on log, log_at_seq to {low}"
+        ))
+        .await
+        .unwrap();
+    let proxy = Proxy::without_replica(&db, |config| {
+        config.pool.size = 3.try_into().unwrap();
+        let terms = RoleTerms {
+            priority: Priority::Low,
+            max_servers: Some(1.try_into().unwrap()),
+            ..RoleTerms::default()
+        };
+        config.roles.push(role(&low, terms));
+    })
+    .await;
+    let console = proxy.console().await;
+    let shown = row(&console, "SHOW LIMITS", "role", &low).await;
+    assert_eq!(shown["priority"], "low");
+    let url = other_url(&proxy, &low);
+    let holder = connect(&url).await;
+    let mut clients = Vec::new();
+    for (who, startup, says) in [
+        ("role", None, None),
+        ("low", None, Some("set flowgate.priority = 'low'")),
+        ("normal", Some("normal"), None),
+        (
+            "default",
+            Some("high"),
+            Some("set flowgate.priority to 'default'"),
+        ),
+        ("high", None, Some("set session flowgate.priority to high")),
+        ("higher", Some("high"), None),
+    ] {
+        let startup: Vec<_> = startup
+            .map(|priority| ("flowgate.priority", priority))
+            .into_iter()
+            .collect();
+        let mut client = Raw::login(proxy.port, &low, &db.name, &startup).await;
+        if let Some(says) = says {
+            assert_eq!(tags(&client.ask_frames(&query(says)).await), "CZ");
+        }
+        clients.push((who, client));
+    }
+    holder.batch_execute("begin").await.unwrap();
+    for (at, (who, client)) in clients.iter_mut().enumerate() {
+        client
+            .send(&query(&format!("insert into log (who) values ('{who}')")))
+            .await;
+        wait_until("it waits", PATIENCE, async || {
+            queued(&console, "other").await == (at + 1).to_string()
+        })
+        .await;
+    }
+    let shown = row(&console, "SHOW LIMITS", "role", &low).await;
+    assert_eq!(
+        ["limit", "in_use", "queued"].map(|column| shown[column].as_str()),
+        ["1", "1", "6"]
+    );
+    holder.batch_execute("commit").await.unwrap();
+    for (_, client) in &mut clients {
+        let answer = client.until_ready().await;
+        assert_eq!(tags(&answer), "CZ", "{}", transcript(&answer));
+    }
+    let order = "select string_agg(who, ' ' order by at) from log";
+    assert_eq!(
+        text(&direct, order).await,
+        "high higher normal role low default"
+    );
+    // A reload says otherwise.
+    let mut config = crate::support::proxy::config(&db.primary_url, &[]);
+    config.pool.size = 3.try_into().unwrap();
+    let terms = RoleTerms {
+        max_servers: Some(2.try_into().unwrap()),
+        ..RoleTerms::default()
+    };
+    config.roles.push(role(&low, terms));
+    proxy.reload_as(&config).await.unwrap();
+    let shown = row(&console, "SHOW LIMITS", "role", &low).await;
+    assert_eq!(
+        (shown["limit"].as_str(), shown["priority"].as_str()),
+        ("2", "normal")
+    );
     proxy.shut_down().await;
 }
 

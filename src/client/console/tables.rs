@@ -462,6 +462,8 @@ const PARKED: &[Column] = &[
 const LIMITS: &[Column] = &[
     text("upstream"),
     text("class"),
+    text("role"),
+    text("priority"),
     int4("limit"),
     int4("in_use"),
     int4("queued"),
@@ -1202,7 +1204,8 @@ impl View<'_> {
             .collect()
     }
 
-    /// Of all pools of an upstream: the servers there may be and that are in use, and by class who waits and was refused.
+    /// Of all pools of an upstream: the servers there may be and that are in use, and by class who waits and was refused; then of
+    /// those of each user the configuration names.
     fn limits(&self) -> Vec<Row> {
         let pools = self.shared.pools.report();
         let mut rows = Vec::new();
@@ -1217,10 +1220,34 @@ impl View<'_> {
                 let row = Writer::new()
                     .text(&upstream.name)
                     .text(worth.name())
+                    .null()
+                    .null()
                     .int4(limit)
                     .int4(in_use)
                     .int4(here().map(|pool| pool.standing.waiting[at]).sum::<usize>())
                     .int8(here().map(|pool| pool.standing.shed[at]).sum::<u64>());
+                rows.push(row.row());
+            }
+            for role in &self.live.config.roles {
+                let own = || here().filter(|pool| pool.user == role.name);
+                let counts = || own().map(|pool| pool.standing.counts);
+                let row = Writer::new()
+                    .text(&upstream.name)
+                    .null()
+                    .text(role.name.as_str())
+                    .text(role.terms.priority.name())
+                    .int4(own().map(|pool| pool.standing.size).sum::<usize>())
+                    .int4(
+                        counts()
+                            .map(|counts| counts.open - counts.idle)
+                            .sum::<usize>(),
+                    )
+                    .int4(counts().map(|counts| counts.waiting).sum::<usize>())
+                    .int8(
+                        own()
+                            .map(|pool| pool.standing.shed.iter().sum::<u64>())
+                            .sum::<u64>(),
+                    );
                 rows.push(row.row());
             }
         }

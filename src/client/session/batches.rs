@@ -69,7 +69,7 @@ impl Session {
             self.note_write(run);
         }
         for (analysis, run) in &self.survey.bound {
-            self.transaction.touch(*run);
+            self.transaction.touch(&analysis.class, *run);
             self.transaction.note_feeds(analysis);
         }
         self.exchange.keep_ready |= self.keeps_ready(&self.request.effects);

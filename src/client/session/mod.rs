@@ -3,12 +3,13 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too · `servers` the one in hand ·
-//! `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
+//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too, or have asked for · `servers` the one
+//! in hand · `priority` what it is worth to the operator · `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
 
 mod batches;
 mod outside;
 mod parking;
+mod priority;
 mod replica;
 mod servers;
 mod sharing;
@@ -25,9 +26,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::outside::Outside;
+use self::sharing::Shown;
 use self::subscriptions::Overheard;
 use self::tally::Tally;
-use super::error::{SessionError, no_server};
+use super::error::SessionError;
 use super::live::{Live, Running, Standing};
 use super::prepared::{self, Prepared};
 use super::request::{BatchEnd, Grouping, Unit};
@@ -37,8 +39,9 @@ use super::shared::Shared;
 use super::state::{Consequences, Ending, State};
 use super::survey::Survey;
 use crate::cancel::CancelKey;
-use crate::classify::{Analysis, Effect, Feeds, RunRef, Worth};
-use crate::config::Reads;
+use crate::classify::{Analysis, Effect, Feeds, RunRef, StatementClass, Worth};
+use crate::coalesce::Answer;
+use crate::config::{Priority, Reads, RoleTerms};
 use crate::events::{Hub, Subscriber};
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
@@ -84,6 +87,16 @@ pub(super) struct Session {
     hub: Option<Arc<Hub>>,
     /// Before this instant a replica's answer would be older than what the client has seen.
     seen_until: Instant,
+    /// When it logged in: what `seen_until` begins with.
+    began: Instant,
+    /// The end of its last transaction that may have written.
+    wrote_until: Instant,
+    /// What was shown to others as well, if that was the last thing.
+    shown: Option<Shown>,
+    /// What the operator says of its user.
+    role: RoleTerms,
+    /// The priority it was opened with.
+    opened_priority: Option<Priority>,
     /// The replica that answered last, and when.
     last_replica: Option<(usize, Instant)>,
     /// What those have seen who will have this session's answer.
@@ -135,6 +148,10 @@ struct Request {
     bound: usize,
     /// By its first part.
     worth: Worth,
+    /// An answer from memory, should there be too much to do.
+    older: Option<Arc<Answer>>,
+    /// There was too much to do.
+    refused: bool,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers.
@@ -148,8 +165,8 @@ struct Request {
 struct Transaction {
     /// It writes to runs.
     writing: Option<Writing>,
-    /// The run it has read or written, `All` if several or not known.
-    touched: Option<RunRef>,
+    /// What it has read or written, if that is known.
+    touched: Option<Touched>,
     /// Its server has been made to listen to these, all that the client did before; `None`: it was not.
     lent: Option<Vec<String>>,
     /// It ran LISTEN or UNLISTEN.
@@ -164,13 +181,44 @@ struct Transaction {
     tells: bool,
 }
 
+/// What a transaction has had to do with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Touched {
+    /// `All` if several or not known.
+    run: RunRef,
+    /// It did more than read.
+    wrote: bool,
+}
+
+impl Touched {
+    const ANYTHING: Self = Self {
+        run: RunRef::All,
+        wrote: true,
+    };
+}
+
 impl Transaction {
     /// A statement of it concerns `run`. Of one that nothing is known of (a function of the user's own), that is any run.
-    fn touch(&mut self, run: RunRef) {
-        self.touched = match (self.touched, run) {
-            (Some(same), _) if same == run || run == RunRef::None => Some(same),
-            (None | Some(RunRef::None), _) => Some(run),
-            (Some(_), _) => Some(RunRef::All),
+    fn touch(&mut self, class: &StatementClass, run: RunRef) {
+        let (run, wrote) = match class {
+            StatementClass::Read(_) => (run, false),
+            // Whatever is shown of a flow may be different now.
+            StatementClass::Define => (RunRef::All, true),
+            StatementClass::Poll(_)
+            | StatementClass::Progress(_)
+            | StatementClass::Start(_)
+            | StatementClass::Other => (run, true),
+        };
+        self.touched = match self.touched {
+            None => Some(Touched { run, wrote }),
+            Some(before) => Some(Touched {
+                run: match (before.run, run) {
+                    (same, other) if same == other || other == RunRef::None => same,
+                    (RunRef::None, other) => other,
+                    (_, _) => RunRef::All,
+                },
+                wrote: before.wrote || wrote,
+            }),
         };
     }
 }
@@ -208,6 +256,8 @@ impl Session {
             slot: &login.key.slot,
             client: &login.client,
         });
+        let began = Instant::now();
+        let role = live.config.role(&login.opening.user);
         Self {
             id: login.id,
             client: login.client,
@@ -217,8 +267,6 @@ impl Session {
             listed,
             tally: Tally::new(&home.stats),
             pools: vec![Some(home.join(&login.opening))],
-            shared,
-            opening: login.opening,
             key: login.key,
             reported: login.reported,
             state: State::new(login.settings, login.session_mode),
@@ -226,8 +274,15 @@ impl Session {
             prepared: Prepared::new(login.id),
             subscriber: None,
             hub: None,
-            seen_until: Instant::now(),
+            seen_until: began,
+            began,
+            wrote_until: shared.started,
+            shown: None,
+            role,
+            opened_priority: priority::opened_with(&login.opening),
+            opening: login.opening,
             last_replica: None,
+            shared,
             shared_floor: None,
             polled_in_vain: false,
             grouping: Grouping::default(),
@@ -275,6 +330,10 @@ impl Session {
 
     /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
     pub(super) async fn part(&mut self) {
+        // It may have committed without our hearing of it.
+        if let Some(touched) = self.transaction.touched.filter(|touched| touched.wrote) {
+            self.shared.runs.changed(touched.run);
+        }
         self.give_up_server().await;
         if self.transaction.tells
             && let Some(hub) = self.hub()
@@ -297,6 +356,7 @@ impl Session {
         let Standing { running, live } = self.standing.borrow_and_update().clone();
         self.running = running;
         let moved = !Arc::ptr_eq(&live.upstreams, &self.live.upstreams);
+        self.role = live.config.role(&self.opening.user);
         self.live = live;
         if moved {
             // A replica's place is another's now; what the last one showed stays the floor.
@@ -321,8 +381,10 @@ impl Session {
                 return self.refuse(invalid, true).await;
             }
         };
-        self.transaction.touch(unresolved(analysis.class.run()));
+        self.transaction
+            .touch(&analysis.class, unresolved(analysis.class.run()));
         self.transaction.note_feeds(&analysis);
+        self.request.older = None;
         self.request.worth = self.worth(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
@@ -364,10 +426,7 @@ impl Session {
             self.note_write(unresolved(analysis.class.run()));
         }
         if let Err(error) = self.hold(PRIMARY).await {
-            if source == Source::Input {
-                self.skip(whole).await?;
-            }
-            return self.refuse(no_server(&error), true).await;
+            return self.without_server(&error, source, whole, true).await;
         }
         self.exchange.begin(false, Phase::Closed);
         self.prepared.forget_unnamed();
@@ -397,6 +456,7 @@ impl Session {
     }
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
+        self.request.older = None;
         self.request.worth = Worth::default();
         self.transaction.tells = true;
         self.run_query(Source::Input, header.whole, &Analysis::opaque())
@@ -406,6 +466,7 @@ impl Session {
     /// Parse…Sync, or the part of it up to a Flush.
     async fn extended(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         self.take_survey(Source::Input, len, end);
+        self.request.older = None;
         self.request.worth = Worth::default();
         let plan = match self.survey.only() {
             Some((analysis, run)) => {
@@ -443,10 +504,8 @@ impl Session {
         end: BatchEnd,
     ) -> Result<(), SessionError> {
         if let Err(error) = self.hold(PRIMARY).await {
-            if source == Source::Input {
-                self.skip(whole_length(len, end)).await?;
-            }
-            return self.refuse(no_server(&error), end == BatchEnd::Sync).await;
+            let (whole, ends) = (whole_length(len, end), end == BatchEnd::Sync);
+            return self.without_server(&error, source, whole, ends).await;
         }
         self.shared.counters.to_primary.inc();
         let needs: Vec<_> = self.survey.needs().cloned().collect();
@@ -571,10 +630,16 @@ impl Session {
     async fn end_transaction(&mut self, now: Instant) -> Result<(), SessionError> {
         if self.replica.is_none() {
             self.seen_until = now;
-            let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
+            let touched = self.transaction.touched.take();
+            let touched = touched.unwrap_or(Touched::ANYTHING);
             self.transaction.writing = None;
             self.feed();
-            self.shared.runs.seen(touched);
+            if touched.wrote {
+                self.wrote_until = now;
+                self.shared.runs.written(touched.run);
+            } else {
+                self.shared.runs.seen(touched.run);
+            }
         }
         self.state.forget_transaction();
         if self.transaction.subscribes {

@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::debug;
 
-use super::{PRIMARY, Session, Source, Transaction};
+use super::{PRIMARY, Session, Source, Touched, Transaction};
 use crate::classify::{Analysis, Arg, Feeds, Patience, PollRef, RunRef, StatementClass};
 use crate::client::error::{SessionError, no_server};
 use crate::client::live::Running;
@@ -156,7 +156,10 @@ impl Session {
         };
         self.keep(len);
         // It concerns no run.
-        self.transaction.touch(RunRef::None);
+        self.transaction.touched = Some(Touched {
+            run: RunRef::None,
+            wrote: true,
+        });
         let done = if binds {
             match self.poll_of_batch() {
                 Some(poll) => matches!(self.park(&poll).await?, Parked::Answered),

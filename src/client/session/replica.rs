@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout};
 use tracing::debug;
 
-use super::{PARTING_MAX, Session, Source};
+use super::{PARTING_MAX, Session, Source, Touched};
 use crate::classify::{Analysis, Effect, RunRef};
 use crate::client::error::SessionError;
 use crate::client::request::{BatchEnd, Unit};
@@ -212,9 +212,10 @@ impl Session {
         self.finish(effects, 1, TxStatus::Idle, status).await?;
         self.last_replica = self.replica.map(|replica| (replica, Instant::now()));
         // Another replica may be behind this one, so what it showed is a floor for whoever asks another.
-        let touched = self.transaction.touched.take().unwrap_or(RunRef::All);
+        let touched = self.transaction.touched.take();
+        let touched = touched.unwrap_or(Touched::ANYTHING);
         if self.live.upstreams.len() > 2 {
-            self.shared.runs.seen(touched);
+            self.shared.runs.seen(touched.run);
         }
         Ok(())
     }

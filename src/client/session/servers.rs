@@ -13,7 +13,7 @@ use super::{PARTING_MAX, PRIMARY, Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::{SessionError, still_waiting};
 use crate::client::state::PinReason;
-use crate::pool::checkout::{Checkout, CheckoutError, Pool, Wish};
+use crate::pool::checkout::{Checkout, CheckoutError, Pool, Rank, Wish};
 use crate::pool::reset::{self, ResetError};
 use crate::relay::{self, Pause, RelayError};
 use crate::server::parameters::share;
@@ -42,7 +42,8 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
-            worth: self.request.worth,
+            rank: Rank::default(),
+            has_other: false,
         };
         let (mut lease, now) = match pool.take_now(wish, began) {
             Some(lease) => (lease, began),
@@ -92,7 +93,8 @@ impl Session {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
-            worth: self.request.worth,
+            rank: self.rank(),
+            has_other: self.request.older.is_some(),
         };
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
         let patience = self.live.config.pool.notice_after;

@@ -1,23 +1,43 @@
-//! Reads that others ask for in the same moment: one of them asks Postgres, the others get its answer word for word. Says what
-//! makes two reads the same: the messages and everything of the session that Postgres' answer could depend on. Called by `query`
-//! and `extended` in `mod.rs` for what `route` calls a read.
+//! Reads that others ask for in the same moment: one of them asks Postgres, the others get its answer word for word; and reads
+//! that are answered from memory, where the operator allows it. Says what makes two reads the same: the messages and everything of
+//! the session that Postgres' answer could depend on. Called by `query` and `extended` in `mod.rs` for what `route` calls a read.
+//!
+//! When a kept answer will do (`cache.max_age_ms`): it is no older than that; nothing that this proxy has seen has changed its runs since it
+//! was asked for; it shows all that the session has done and been shown, or is the very answer it was shown last. So nobody's
+//! time goes back. Under load (`shed.max_stale_ms`) it need only show what the session itself has written, and says how old it is.
 
 use std::sync::Arc;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::parking::Batch;
-use super::{Session, Source};
+use super::{PRIMARY, Session, Source};
 use crate::classify::{Analysis, RunRef};
-use crate::client::error::{SessionError, no_server};
+use crate::client::error::{SessionError, no_server, old_answer};
 use crate::client::request::{BatchEnd, frames};
-use crate::coalesce::{Answer, Leader, Seat};
-use crate::config::Reads;
+use crate::coalesce::{Answer, Leader, Outcome, Seat};
+use crate::config::{Consistency, Priority, Reads};
 use crate::pool::checkout::CheckoutError;
 use crate::wire::frame::{HEADER, Header};
 
 /// Longer requests are nobody else's.
 const REQUEST_MAX: usize = 16 * 1024;
+
+/// A kept answer that a session was shown, and all that it had been shown by then.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shown {
+    number: u64,
+    seen_until: Instant,
+    last_replica: Option<(usize, Instant)>,
+}
+
+/// A query that is under way for others, too.
+struct Leading {
+    leader: Leader,
+    asked: Instant,
+    /// What a replica must have to answer it.
+    covers: Instant,
+}
 
 /// What came of an attempt to share.
 enum Shared {
@@ -38,14 +58,11 @@ impl Session {
         let request = self.client.input.bytes().get(HEADER..header.whole);
         let key = request.and_then(|text| self.shared_key(&[b"Q", text]));
         match self.join(key, run, header.whole).await? {
-            Shared::Answered => {
-                self.prepared.forget_unnamed();
-                Ok(())
-            }
+            Shared::Answered => Ok(()),
             Shared::Asks(leader) => {
-                let began = self.begin_leading(leader.as_ref());
+                let leading = self.begin_leading(leader, run);
                 let done = self.read_query(header, analysis, run).await;
-                self.end_leading(leader, began, done.is_ok());
+                self.end_leading(leading, done.is_ok());
                 done
             }
         }
@@ -60,18 +77,14 @@ impl Session {
     ) -> Result<(), SessionError> {
         let key = self.key_of_batch(len, end);
         match self.join(key, run, len).await? {
-            Shared::Answered => {
-                self.prepared
-                    .note_batch(&self.kept, &self.survey.parsed, &self.shared.statements);
-                Ok(())
-            }
+            Shared::Answered => Ok(()),
             Shared::Asks(leader) => {
-                let began = self.begin_leading(leader.as_ref());
+                let leading = self.begin_leading(leader, run);
                 let done = match self.fresh_replica(run).await {
                     Some(upstream) => self.extended_replica(upstream, len, end).await,
                     None => self.run_extended(Source::Input, len, end).await,
                 };
-                self.end_leading(leader, began, done.is_ok());
+                self.end_leading(leading, done.is_ok());
                 done
             }
         }
@@ -134,8 +147,8 @@ impl Session {
         Some(key)
     }
 
-    /// Waits for an answer, or until it is this session's turn to ask. An answered request has been taken out of the input, and
-    /// is in `kept`.
+    /// Finds an answer or waits for one, or until it is this session's turn to ask. An answered request has been taken out of the
+    /// input.
     async fn join(
         &mut self,
         key: Option<Vec<u8>>,
@@ -146,6 +159,15 @@ impl Session {
             return Ok(Shared::Asks(None));
         };
         let flights = Arc::clone(&self.shared.flights);
+        let began = Instant::now();
+        if let Some(answer) = self.kept_answer(&key, run, began) {
+            flights.counters.kept.inc();
+            return self.pass_on(&answer, len).await;
+        }
+        self.request.older = self.older_answer(&key, began);
+        // Who has something to fall back on does not wait for long.
+        let patience = self.request.older.as_ref();
+        let patience = patience.map(|_| self.live.config.shed.window);
         // Where another replica answers than the one this session knows, it must not be behind that.
         let last = self.last_replica.map(|(_, answered)| answered);
         let floor = self.floor(run).max(last.unwrap_or(self.shared.started));
@@ -157,37 +179,163 @@ impl Session {
                     biased;
                     () = leader.ready() => {}
                     () = wait.cancelled() => return self.answer_shared_cancel(len).await,
+                    () = sleep(patience.unwrap_or_default()), if patience.is_some() => {
+                        leader.refuse();
+                        return self.too_much(began, len).await;
+                    }
                 }
                 Ok(Shared::Asks(Some(leader)))
             }
             Seat::Follower(mut follower) => {
                 let wait = slot.wait();
-                let answer = tokio::select! {
+                let outcome = tokio::select! {
                     biased;
-                    answer = follower.answer() => answer,
+                    outcome = follower.outcome() => outcome,
                     () = wait.cancelled() => return self.answer_shared_cancel(len).await,
+                    () = sleep(patience.unwrap_or_default()), if patience.is_some() => Outcome::Refused,
                 };
                 drop(wait);
-                let Some(Answer { bytes, replica }) = answer else {
-                    flights.counters.alone.inc();
-                    return Ok(Shared::Asks(None));
-                };
-                let now = Instant::now();
-                match replica {
-                    Some(replica) => self.last_replica = Some((replica, now)),
-                    None => self.seen_until = now,
+                match outcome {
+                    Outcome::Answered(answer) => {
+                        flights.counters.followed.inc();
+                        self.pass_on(&answer, len).await
+                    }
+                    // Others are worth less than this one.
+                    Outcome::Refused if self.priority() != Priority::High => {
+                        self.too_much(began, len).await
+                    }
+                    Outcome::Refused | Outcome::Nothing => {
+                        flights.counters.alone.inc();
+                        Ok(Shared::Asks(None))
+                    }
                 }
-                self.transaction.touched = None;
-                self.keep(len);
-                self.client.output.extend_from_slice(&bytes);
-                self.shared.counters.answered_here.inc();
-                flights.counters.followed.inc();
-                self.tally.begin(now, true);
-                self.client.flush().await?;
-                self.tally.ended(Instant::now(), true, &self.client);
-                Ok(Shared::Answered)
             }
         }
+    }
+
+    /// An answer in memory that is as good as one that Postgres would give now, as far as the operator wants to know.
+    fn kept_answer(&self, key: &[u8], run: RunRef, now: Instant) -> Option<Arc<Answer>> {
+        let max_age = self.live.config.cache.max_age;
+        if max_age.is_zero() {
+            return None;
+        }
+        let changed = self.shared.runs.changed_at(run);
+        self.shared.flights.kept.find(key, |answer| {
+            let fresh = now.saturating_duration_since(answer.asked) <= max_age;
+            fresh && changed <= answer.asked && self.reaches(answer)
+        })
+    }
+
+    /// Whether it shows all that this session has been shown.
+    fn reaches(&self, answer: &Answer) -> bool {
+        let shown = self.shown == Some(self.now_shown(answer.number));
+        if shown || self.live.route.consistency == Consistency::Eventual {
+            return true;
+        }
+        // At login it had seen nothing; what it knew from elsewhere is not ours to know.
+        let seen = self.seen_until <= answer.covers || self.seen_until == self.began;
+        let replica = self.last_replica.is_none_or(|(last, at)| {
+            // The same one only goes on.
+            let same = answer.replica == Some(last);
+            at <= if same { answer.asked } else { answer.covers }
+        });
+        seen && replica
+    }
+
+    fn now_shown(&self, number: u64) -> Shown {
+        Shown {
+            number,
+            seen_until: self.seen_until,
+            last_replica: self.last_replica,
+        }
+    }
+
+    /// One that will do where there is too much to do.
+    fn older_answer(&self, key: &[u8], now: Instant) -> Option<Arc<Answer>> {
+        let max_age = self.live.config.shed.max_stale;
+        if max_age.is_zero() || !self.role.stale {
+            return None;
+        }
+        let strict = self.live.route.consistency != Consistency::Eventual;
+        self.shared.flights.kept.find(key, |answer| {
+            let fresh = now.saturating_duration_since(answer.asked) <= max_age;
+            fresh && (!strict || self.wrote_until <= answer.covers)
+        })
+    }
+
+    /// Answers with what somebody else was told.
+    async fn pass_on(&mut self, answer: &Answer, len: usize) -> Result<Shared, SessionError> {
+        let at = answer.landed;
+        match (answer.replica, self.last_replica) {
+            (Some(replica), Some((last, before))) if replica == last => {
+                self.last_replica = Some((replica, at.max(before)));
+            }
+            (Some(replica), _) => self.last_replica = Some((replica, at)),
+            (None, _) => self.seen_until = self.seen_until.max(at),
+        }
+        self.shown = Some(self.now_shown(answer.number));
+        self.keep(len);
+        self.put_answer(answer).await?;
+        Ok(Shared::Answered)
+    }
+
+    /// In the server's place: to the request in `kept`.
+    async fn put_answer(&mut self, answer: &Answer) -> Result<(), SessionError> {
+        if self.kept.first() == Some(&b'Q') {
+            self.prepared.forget_unnamed();
+        } else {
+            self.prepared
+                .note_batch(&self.kept, &self.survey.parsed, &self.shared.statements);
+        }
+        self.transaction.touched = None;
+        self.client.output.extend_from_slice(&answer.bytes);
+        self.shared.counters.answered_here.inc();
+        self.tally.begin(Instant::now(), true);
+        self.client.flush().await?;
+        self.tally.ended(Instant::now(), true, &self.client);
+        Ok(())
+    }
+
+    /// A request at the front of the input is not to be run now.
+    async fn too_much(&mut self, began: Instant, len: usize) -> Result<Shared, SessionError> {
+        self.keep(len);
+        let pool = self.pool(PRIMARY);
+        let waited = began.elapsed();
+        let error = match pool {
+            Some(_) if self.request.older.is_some() => CheckoutError::TimedOut(waited),
+            Some(pool) => pool.refuse(self.request.worth, waited),
+            None => CheckoutError::Gone,
+        };
+        self.without_server(&error, Source::Kept, len, true).await?;
+        Ok(Shared::Answered)
+    }
+
+    /// No server for a request: an answer from memory where one is at hand, and an error otherwise.
+    pub(super) async fn without_server(
+        &mut self,
+        error: &CheckoutError,
+        source: Source,
+        len: usize,
+        ends_request: bool,
+    ) -> Result<(), SessionError> {
+        let overload = matches!(
+            error,
+            CheckoutError::Shed { .. } | CheckoutError::TimedOut(_)
+        );
+        self.request.refused |= overload;
+        let older = self.request.older.take();
+        if let Some(answer) = older.filter(|_| overload) {
+            if source == Source::Input {
+                self.keep(len);
+            }
+            old_answer(answer.asked.elapsed()).put(&mut self.client.output);
+            self.shared.flights.counters.stale.inc();
+            return self.put_answer(&answer).await;
+        }
+        if source == Source::Input {
+            self.skip(len).await?;
+        }
+        self.refuse(no_server(error), ends_request).await
     }
 
     async fn answer_shared_cancel(&mut self, len: usize) -> Result<Shared, SessionError> {
@@ -197,27 +345,49 @@ impl Session {
         Ok(Shared::Answered)
     }
 
-    fn begin_leading(&mut self, leader: Option<&Leader>) -> Instant {
-        self.shared_floor = leader.map(Leader::depart);
-        self.exchange.capture = leader.map(|_| Vec::new());
-        Instant::now()
+    fn begin_leading(&mut self, leader: Option<Leader>, run: RunRef) -> Option<Leading> {
+        self.request.refused = false;
+        self.shared_floor = leader.as_ref().map(Leader::depart);
+        self.exchange.capture = leader.as_ref().map(|_| Vec::new());
+        leader.map(|leader| Leading {
+            leader,
+            asked: Instant::now(),
+            covers: self.floor(run),
+        })
     }
 
-    fn end_leading(&mut self, leader: Option<Leader>, began: Instant, sound: bool) {
+    fn end_leading(&mut self, leading: Option<Leading>, sound: bool) {
         self.shared_floor = None;
         let captured = self.exchange.capture.take();
-        // An error in our words is not among what was captured.
-        let sound = sound && self.exchange.error.is_none();
-        let (Some(leader), Some(bytes), true) = (leader, captured, sound) else {
+        let Some(Leading {
+            leader,
+            asked,
+            covers,
+        }) = leading
+        else {
             return;
         };
-        let replica = self.last_replica.filter(|(_, at)| *at >= began);
-        if is_whole_answer(&bytes) {
-            leader.land(Answer {
-                bytes: bytes.into(),
-                replica: replica.map(|(replica, _)| replica),
-            });
+        if self.request.refused {
+            return leader.refuse();
         }
+        // An error in our words is not among what was captured.
+        let sound = sound && self.exchange.error.is_none();
+        let Some(bytes) = captured.filter(|bytes| sound && is_whole_answer(bytes)) else {
+            return;
+        };
+        let replica = self.last_replica.filter(|(_, at)| *at >= asked);
+        let replica = replica.map(|(replica, _)| replica);
+        let number = self.shared.flights.next_number();
+        self.shown = Some(self.now_shown(number));
+        leader.land(Arc::new(Answer {
+            bytes: bytes.into(),
+            replica,
+            asked,
+            // The primary had all of it.
+            covers: replica.map_or(asked, |_| covers),
+            landed: Instant::now(),
+            number,
+        }));
     }
 }
 

@@ -1,5 +1,5 @@
 //! The books of one pool: which servers are idle, how many are open, who waits. Synchronous, no I/O, no clock.
-//! Who is worth more is served first, equals in the order they came.
+//! Who ranks higher is served first, equals in the order they came.
 //! INVARIANT: `open` counts every server that exists or is being opened; waiters exist only while no server they could
 //! use is idle, unless the pool is paused. `checkout.rs` keeps it behind a lock that is never held over an await.
 
@@ -11,6 +11,26 @@ use std::collections::VecDeque;
 use tokio::time::Instant;
 
 use crate::classify::Worth;
+use crate::config::Priority;
+
+/// Who is served first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub(crate) priority: Priority,
+    pub(crate) worth: Worth,
+}
+
+impl Rank {
+    /// Gives way, by being refused, to whatever there is too much of. Work already paid for never does; nor do polls, whose
+    /// workers would only ask again.
+    pub(crate) fn gives_way(self) -> bool {
+        match self.priority {
+            Priority::High => false,
+            Priority::Normal => self.worth <= Worth::Read,
+            Priority::Low => !matches!(self.worth, Worth::Progress | Worth::Poll),
+        }
+    }
+}
 
 /// One grant in so many goes to whoever has waited longest, whatever it is worth: nobody waits for ever.
 const IN_TURN: u64 = 8;
@@ -39,7 +59,7 @@ pub(crate) struct Shelf<S: Shelved, W> {
     open: usize,
     bounds: Bounds,
     paused: bool,
-    /// By worth, the most first, and in the order they came.
+    /// By rank, the highest first, and in the order they came.
     waiters: VecDeque<Waiter<S::Kind, W>>,
     next_ticket: u64,
     granted: u64,
@@ -61,7 +81,7 @@ struct Idle<S> {
 struct Waiter<K, W> {
     ticket: u64,
     since: Instant,
-    worth: Worth,
+    rank: Rank,
     kind: K,
     wake: W,
 }
@@ -152,7 +172,7 @@ impl<S: Shelved, W> Shelf<S, W> {
         &mut self,
         client: ClientId,
         kind: &S::Kind,
-        worth: Worth,
+        rank: Rank,
         now: Instant,
         rooms: &mut R,
         wake: impl FnOnce() -> W,
@@ -184,11 +204,11 @@ impl<S: Shelved, W> Shelf<S, W> {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let behind = self.waiters.partition_point(|waiter| waiter.worth >= worth);
+        let behind = self.waiters.partition_point(|waiter| waiter.rank >= rank);
         let waiter = Waiter {
             ticket,
             since: now,
-            worth,
+            rank,
             kind: kind.clone(),
             wake: wake(),
         };
@@ -371,7 +391,7 @@ impl<S: Shelved, W> Shelf<S, W> {
     pub(crate) fn waiting_by_worth(&self) -> [usize; Worth::ALL.len()] {
         let mut waiting = [0; Worth::ALL.len()];
         for waiter in &self.waiters {
-            waiting[waiter.worth as usize] += 1;
+            waiting[waiter.rank.worth as usize] += 1;
         }
         waiting
     }

@@ -58,11 +58,15 @@ fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
             "take" => {
                 let client = number(1) as u64;
                 let wake = || format!("client {client}");
-                let worth = words.get(3).map_or(Worth::Other, |named| {
+                let mut rank = Rank::default();
+                for named in words.iter().skip(3) {
                     let known = Worth::ALL.into_iter().find(|worth| worth.name() == *named);
-                    known.unwrap()
-                });
-                match shelf.take(client, &kind(2), worth, now, &mut rooms, wake) {
+                    match known {
+                        Some(worth) => rank.worth = worth,
+                        None => rank.priority = Priority::of_word(named).unwrap(),
+                    }
+                }
+                match shelf.take(client, &kind(2), rank, now, &mut rooms, wake) {
                     Take::Ready(server) => format!("ready {}", server.number),
                     Take::Open(()) => "open".into(),
                     Take::Replace(server, ()) => format!("replace {}", server.number),
@@ -305,6 +309,39 @@ fn servers_are_kept_ready_up_to_the_size() {
         ("keep 3", "no"),
     ];
     check(2, &steps);
+}
+
+#[test]
+fn a_priority_counts_for_more_than_what_is_asked() {
+    check(
+        1,
+        &[
+            ("take 1 a", "open"),
+            ("take 2 a progress low", "wait 0"),
+            ("take 3 a read", "wait 1"),
+            ("take 4 a progress", "wait 2"),
+            ("take 5 a read high", "wait 3"),
+            ("put 1 a", "1 to client 5"),
+            ("put 1 a", "1 to client 4"),
+            ("put 1 a", "1 to client 3"),
+            ("put 1 a", "1 to client 2"),
+        ],
+    );
+    let rank = |priority, worth| Rank { priority, worth };
+    let gives_way: Vec<_> = Priority::ALL
+        .into_iter()
+        .flat_map(|priority| Worth::ALL.map(|worth| rank(priority, worth)))
+        .filter(|rank| rank.gives_way())
+        .collect();
+    assert_eq!(
+        gives_way,
+        [
+            rank(Priority::Low, Worth::Read),
+            rank(Priority::Low, Worth::Start),
+            rank(Priority::Low, Worth::Other),
+            rank(Priority::Normal, Worth::Read),
+        ]
+    );
 }
 
 #[test]
