@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
-use tokio::time::sleep_until;
+use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 use uuid::Uuid;
 
@@ -90,33 +90,49 @@ fn judged(rights: &Rights, one_run: bool) -> Judged {
 
 /// Until nobody listens as somebody, or shutdown.
 pub(super) async fn run(hub: Arc<Hub>) {
-    let sight = Arc::clone(&hub.sight);
-    let mut due = sight.next_check();
-    let mut looks = JoinSet::new();
+    // `None`: it is being done, while what events wait for goes on.
+    let mut due = Some(hub.sight.next_check());
+    let mut asking: JoinSet<Option<Instant>> = JoinSet::new();
     while let Some(wanted) = hub.take_wanted() {
         for wanted in wanted {
-            looks.spawn(look(Arc::clone(&hub), wanted));
+            let hub = Arc::clone(&hub);
+            asking.spawn(async move {
+                look(&hub, wanted).await;
+                None
+            });
         }
         tokio::select! {
             () = hub.look.notified() => {}
-            Some(_ended) = looks.join_next(), if !looks.is_empty() => {}
-            () = sleep_until(due) => {
-                due = match recheck(&hub, &sight).await {
-                    Ok(()) => sight.next_check(),
-                    // Nobody can say: a database that is away tells no events either.
-                    Err(error) => {
-                        debug!(database = hub.database, %error, "cannot ask what listeners may see");
-                        sight.soon()
-                    }
-                };
+            Some(ended) = asking.join_next(), if !asking.is_empty() => {
+                // A question that panicked was perhaps the one.
+                let next = ended.unwrap_or_else(|_panicked| Some(hub.sight.soon()));
+                due = next.or(due);
+            }
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                due = None;
+                let hub = Arc::clone(&hub);
+                asking.spawn(async move { Some(recheck_all(&hub).await) });
             }
         }
     }
-    sight.rest();
+    hub.sight.rest();
+}
+
+/// Returns when to do so again.
+async fn recheck_all(hub: &Hub) -> Instant {
+    let next = hub.sight.next_check();
+    match recheck(hub, &hub.sight).await {
+        Ok(()) => next,
+        // Nobody can say: a database that is away tells no events either.
+        Err(error) => {
+            debug!(database = hub.database, %error, "cannot ask what listeners may see");
+            hub.sight.soon()
+        }
+    }
 }
 
 /// As long as it takes to know: what waits for it is bounded by its readers' queues.
-async fn look(hub: Arc<Hub>, wanted: Wanted) {
+async fn look(hub: &Hub, wanted: Wanted) {
     let Wanted {
         asker,
         runs,
@@ -143,7 +159,7 @@ async fn look(hub: Arc<Hub>, wanted: Wanted) {
 }
 
 /// One question a role, and one more for the runs that those whom policies restrict listen to.
-async fn recheck(hub: &Arc<Hub>, sight: &Sight) -> Result<(), DbError> {
+async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
     let mut by_asker: HashMap<[u8; 32], Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)>> =
         HashMap::new();
     for guarded in hub.guarded() {
