@@ -86,6 +86,34 @@ impl Analysis {
         })
     }
 
+    /// Whether it may send events: anything that may write does, by a trigger, a function or a rule, unless it is plainly about the
+    /// session.
+    pub(crate) fn may_tell(&self) -> bool {
+        match self.class {
+            StatementClass::Progress(_) | StatementClass::Start(_) | StatementClass::Define => true,
+            StatementClass::Read(_) | StatementClass::Poll(_) => false,
+            StatementClass::Other => {
+                let plain = |effect: &Effect| {
+                    matches!(
+                        effect,
+                        Effect::Transaction
+                            | Effect::Set { .. }
+                            | Effect::Reset(_)
+                            | Effect::ResetAll
+                            | Effect::Deallocate(_)
+                            | Effect::DeallocateAll
+                            | Effect::DiscardAll
+                            | Effect::Listen(_)
+                            | Effect::Unlisten(_)
+                            | Effect::UnlistenAll
+                    )
+                };
+                let session_only = !self.effects.is_empty() && self.effects.iter().all(plain);
+                self.statements > 1 || self.statements == 1 && !session_only
+            }
+        }
+    }
+
     /// Whether runs may look different once this has committed. Of statements that call nothing of pgflow's we know
     /// only what they say: a function of the user's own may write to runs, too.
     pub(crate) fn writes_runs(&self) -> bool {

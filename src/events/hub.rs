@@ -4,7 +4,7 @@
 //! Locks: a hub's state first, an inbox second, never the other way round, neither over an await.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -48,6 +48,8 @@ pub(crate) struct Hubs {
 pub(super) struct Common {
     pub(super) control: ConnectUrl,
     pub(super) settings: Events,
+    /// Our readers' name in `flowgate.reader`, one a database.
+    pub(super) reader: Uuid,
     pub(super) connect_timeout: Duration,
     recheck: Duration,
     pub(super) metrics: EventMetrics,
@@ -62,6 +64,7 @@ impl Hubs {
     pub(crate) fn new(
         control: ConnectUrl,
         settings: Events,
+        reader: Uuid,
         connect_timeout: Duration,
         recheck: Duration,
         registry: &Registry,
@@ -72,6 +75,7 @@ impl Hubs {
         let common = Arc::new(Common {
             control,
             settings,
+            reader,
             connect_timeout,
             recheck,
             metrics,
@@ -147,6 +151,10 @@ pub(crate) struct Hub {
     pub(super) sight: Arc<Sight>,
     /// Somebody waits to be told what it may see.
     pub(super) look: Notify,
+    /// A session of ours has committed what no look has begun to find.
+    observed: AtomicBool,
+    /// We were told by NOTIFY since the last look.
+    notified: AtomicBool,
     next_stream: AtomicU64,
 }
 
@@ -199,6 +207,14 @@ pub(super) struct State {
     stopping: bool,
     running: bool,
     pid: i32,
+}
+
+/// What a session listens to as somebody.
+pub(super) struct Guarded {
+    pub(super) stream: StreamId,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) asker: Arc<Asker>,
+    pub(super) target: Target,
 }
 
 /// Runs of which somebody has to be told whether they are for it, and whose queues wait.
@@ -292,6 +308,15 @@ impl Work {
             && self.hungry.is_empty()
             && self.fences.is_empty()
     }
+}
+
+/// Why the outbox is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Reasons {
+    /// A session of ours has committed.
+    pub(super) observed: bool,
+    /// We were told.
+    pub(super) notified: bool,
 }
 
 enum Subscribed {
@@ -402,13 +427,16 @@ impl State {
         members.any(|(stream, mailbox)| mailbox.lock().guard(*stream).is_some())
     }
 
-    fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+    fn guarded(&self) -> Vec<Guarded> {
         self.pgflow_members()
             .filter_map(|(stream, mailbox)| {
                 let inbox = mailbox.lock();
-                let asker = Arc::clone(&inbox.guard(*stream)?.asker);
-                let target = inbox.target(*stream)?;
-                Some((*stream, Arc::clone(mailbox), asker, target))
+                Some(Guarded {
+                    stream: *stream,
+                    asker: Arc::clone(&inbox.guard(*stream)?.asker),
+                    target: inbox.target(*stream)?,
+                    mailbox: Arc::clone(mailbox),
+                })
             })
             .collect()
     }
@@ -682,6 +710,8 @@ impl Hub {
             kick,
             sight: Arc::new(sight),
             look: Notify::new(),
+            observed: AtomicBool::new(false),
+            notified: AtomicBool::new(false),
             next_stream: AtomicU64::new(1),
         }
     }
@@ -748,8 +778,17 @@ impl Hub {
         }
     }
 
-    /// Something may have been committed to the outbox: read it now rather than at the next probe.
-    pub(crate) fn wake(&self) {
+    /// A session of ours has committed, and may have sent events: of that nobody is notified. Costs a load where nobody reads.
+    pub(crate) fn committed(&self) {
+        // INVARIANT: taken back before a look begins, so whoever finds it set is seen by that look.
+        if !self.observed.load(Ordering::SeqCst) && !self.observed.swap(true, Ordering::SeqCst) {
+            self.kick.notify_one();
+        }
+    }
+
+    /// Something was committed to the outbox: read it now rather than at the next probe.
+    pub(super) fn wake(&self) {
+        self.notified.store(true, Ordering::SeqCst);
         let mut state = lock(&self.state);
         state.wake = true;
         let reading = state.outbox == Outbox::On;
@@ -913,6 +952,18 @@ impl Hub {
         drop(state);
         self.kick.notify_one();
         self.look.notify_one();
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.observed.load(Ordering::SeqCst)
+    }
+
+    /// A look at the outbox begins.
+    pub(super) fn take_reasons(&self) -> Reasons {
+        Reasons {
+            observed: self.observed.swap(false, Ordering::SeqCst),
+            notified: self.notified.swap(false, Ordering::SeqCst),
+        }
     }
 
     /// The floor: whether or not a wake-up came.
@@ -1163,7 +1214,7 @@ impl Hub {
     }
 
     /// Whoever listens to runs as somebody.
-    pub(super) fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+    pub(super) fn guarded(&self) -> Vec<Guarded> {
         lock(&self.state).guarded()
     }
 

@@ -61,6 +61,7 @@ pub(crate) struct EventMetrics {
     pub(crate) cuts_lost: Arc<Counter>,
     pub(crate) gaps: Arc<Counter>,
     pub(crate) wakeups: Arc<Counter>,
+    pub(crate) observed: Arc<Counter>,
     pub(crate) awake: Arc<Counter>,
     pub(crate) outbox_reads: Arc<Counter>,
     pub(crate) outbox_rows: Arc<Counter>,
@@ -95,6 +96,10 @@ impl EventMetrics {
                 "Gap markers queued for a subscriber.",
             ),
             wakeups: counter("flowgate_event_wakeups_total", "Wake-ups from the outbox."),
+            observed: counter(
+                "flowgate_event_observed_total",
+                "Reads of the outbox because a session of ours committed.",
+            ),
             awake: counter(
                 "flowgate_event_reader_awake_total",
                 "Times a reader of the outbox stayed awake, so that writers need not notify.",

@@ -337,6 +337,7 @@ mod tests {
         let hubs = Hubs::new(
             config.primary.clone(),
             config.events.clone(),
+            uuid::Uuid::nil(),
             DEADLINE,
             config.http.recheck,
             &registry,

@@ -4,7 +4,8 @@
 //!
 //! `id:` is where to resume: of a run its `seq`, of the others a *cursor*, `<id>-<snapshot>-<snapshot>`: the event, what had
 //! been read before the look at the outbox that brought it, and what by it. What follows it are rows that the first could not
-//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit.
+//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit. They
+//! are told in two parts, the rest of that look and then what it did not see, so that each has a cursor as exact as this one.
 //!
 //! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
 
@@ -197,10 +198,9 @@ async fn many(
             if let Some(gap) = start.gap_after(&cursor, rewritten, &scope) {
                 first.push_back(gap);
             }
-            let rest = (!rewritten).then_some(Rest { cursor, last_id: 0 });
             Past {
                 seen: start.now,
-                rest,
+                rest: (!rewritten).then_some(cursor),
             }
         }
     };
@@ -330,12 +330,8 @@ impl std::fmt::Display for Cursor {
 struct Past {
     /// Live events that this could see are in what is resumed with, or before it.
     seen: Snapshot,
-    rest: Option<Rest>,
-}
-
-struct Rest {
-    cursor: Cursor,
-    last_id: i64,
+    /// Where in the past it is: first the rest of the look that brought the cursor's event, then all that came since.
+    rest: Option<Cursor>,
 }
 
 struct Stream {
@@ -480,7 +476,7 @@ impl Stream {
                 }
                 let bytes = match self.scope {
                     Scope::Run(_) => event.encoded(Form::StreamOfRun, of_run),
-                    Scope::Flow(_) | Scope::All => event.encoded(Form::StreamOfAll, of_all),
+                    Scope::Flow(_) | Scope::All => self.of_all(&event),
                 };
                 self.state.counters.events.inc();
                 self.next.push_back(bytes);
@@ -494,6 +490,19 @@ impl Stream {
             // It resumes where it was.
             Delivery::Cut(CutReason::ListenerLost | CutReason::TooSlow) => self.ended = true,
         }
+    }
+
+    /// Encoded for all streams; not so what a look brought that began before this stream did: the past told a part of it.
+    fn of_all(&self, event: &Arc<Event>) -> Bytes {
+        if let (Some(past), Some(reading)) = (&self.past, &event.reading)
+            && !reading.before.sees_all_of(&past.seen)
+        {
+            return of_all(event, &past.seen, &reading.now);
+        }
+        event.encoded(Form::StreamOfAll, |event| match &event.reading {
+            Some(reading) => of_all(event, &reading.before, &reading.now),
+            None => format!("data: {}\n\n", event.payload).into(),
+        })
     }
 
     /// Of a stream of many: whether the role may see that run.
@@ -536,16 +545,15 @@ impl Stream {
         else {
             return;
         };
-        let sql = page_sql(&self.scope, seen, rest);
+        let sql = page_sql(&self.scope, rest);
         let Ok(answer) = self.state.database.ask_ourselves(&sql).await else {
             self.ended = true;
             return;
         };
-        let (seen, cursor) = (seen.clone(), rest.cursor.clone());
+        let (seen, mut at) = (seen.clone(), rest.clone());
         let first = answer.rows.first().and_then(|row| row.get(4)?.as_deref());
         let found = first.and_then(|found| found.parse::<usize>().ok());
         let short = found.is_none_or(|found| found < PAGE && answer.rows.len() == found);
-        let mut last_id = rest.last_id;
         for row in &answer.rows {
             let column = |at: usize| row.get(at).and_then(Option::as_deref);
             let (Some(id), Some(topic), Some(payload)) = (
@@ -555,38 +563,42 @@ impl Stream {
             ) else {
                 continue;
             };
-            last_id = id;
+            at.id = id;
             if self.shows(topic).await {
                 let seq = column(2).and_then(|seq| seq.parse().ok());
-                let from = Cursor {
-                    id,
-                    before: cursor.before.clone(),
-                    now: seen.clone(),
-                };
                 let told = envelope(payload, seq, id);
                 self.next
-                    .push_back(format!("id: {from}\ndata: {told}\n\n").into());
+                    .push_back(format!("id: {at}\ndata: {told}\n\n").into());
             }
             if self.ended {
                 return;
             }
         }
         if let Some(past) = &mut self.past {
-            past.rest = (!short).then_some(Rest { cursor, last_id });
+            past.rest = if !short {
+                Some(at)
+            } else if at.now == seen {
+                None
+            } else {
+                Some(Cursor {
+                    id: 0,
+                    before: at.now,
+                    now: seen,
+                })
+            };
         }
     }
 }
 
-fn page_sql(scope: &Scope, seen: &Snapshot, rest: &Rest) -> String {
-    let Rest { cursor, last_id } = rest;
+fn page_sql(scope: &Scope, at: &Cursor) -> String {
     let mut sql = format!(
         "select e.id, e.topic, e.seq, e.payload, pg_column_size(e.payload) as size from flowgate.event as e \
-         where ({}) and (e.id > {} or {}) and e.id > {last_id} \
-         and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.topic like 'pgflow:%' and not e.private",
-        cursor.before.unseen(),
-        cursor.id,
-        cursor.now.unseen(),
-        literal(&seen.to_string()),
+         where ({}) and e.xid < '{}'::xid8 and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.id > {} \
+         and e.topic like 'pgflow:%' and not e.private",
+        at.before.unseen(),
+        at.now.xmax(),
+        literal(&at.now.to_string()),
+        at.id,
     );
     if let Scope::Flow(slug) = scope {
         write!(
@@ -612,18 +624,13 @@ fn of_run(event: &Event) -> Bytes {
     }
 }
 
-fn of_all(event: &Event) -> Bytes {
-    match &event.reading {
-        Some(reading) => {
-            let from = Cursor {
-                id: event.id,
-                before: reading.before.clone(),
-                now: reading.now.clone(),
-            };
-            format!("id: {from}\ndata: {}\n\n", event.payload).into()
-        }
-        None => format!("data: {}\n\n", event.payload).into(),
-    }
+fn of_all(event: &Event, before: &Snapshot, now: &Snapshot) -> Bytes {
+    let from = Cursor {
+        id: event.id,
+        before: before.clone(),
+        now: now.clone(),
+    };
+    format!("id: {from}\ndata: {}\n\n", event.payload).into()
 }
 
 #[cfg(test)]

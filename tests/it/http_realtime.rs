@@ -123,7 +123,13 @@ impl Socket {
     async fn joined(&mut self, reference: &str, topic: &str, token: Option<&str>) {
         self.join(reference, topic, token).await;
         let ok = json!([reference, reference, topic, "phx_reply", {"status": "ok", "response": {"postgres_changes": []}}]);
-        assert_eq!(self.next().await, ok);
+        loop {
+            let said = self.next().await;
+            // Channels joined before this one may be told again meanwhile.
+            if said[2] == topic || said[4]["meta"]["replayed"] != true {
+                return assert_eq!(said, ok);
+            }
+        }
     }
 
     /// The next broadcast: event, seq, and whether it is told again.
@@ -261,14 +267,15 @@ async fn an_answer_to_a_join_means_that_nothing_is_missed() {
     for n in 1..=100 {
         socket.joined(&n.to_string(), &topic(n), None).await;
         core.start_flow("f", "{}", n).await;
-        assert_eq!(
-            socket.broadcast().await,
-            ("run:started".to_owned(), 1, false)
-        );
-        assert_eq!(
-            socket.broadcast().await,
-            ("step:a:started".to_owned(), 2, false)
-        );
+        // Runs before this one are told again after a while.
+        let mut first = async || loop {
+            let (event, seq, again) = socket.broadcast().await;
+            if !again {
+                return (event, seq);
+            }
+        };
+        assert_eq!(first().await, ("run:started".to_owned(), 1));
+        assert_eq!(first().await, ("step:a:started".to_owned(), 2));
     }
     stage.proxy.shut_down().await;
 }

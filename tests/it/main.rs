@@ -35,3 +35,4 @@ mod shedding;
 mod support;
 mod tls;
 mod transcripts;
+mod wake;

@@ -103,8 +103,9 @@ enum Read {
 }
 
 impl Transaction {
-    /// A statement of it may put something into queues.
+    /// A statement of it may put something into queues, and send events.
     pub(super) fn note_feeds(&mut self, analysis: &Analysis) {
+        self.tells |= analysis.may_tell();
         if analysis.feeds != Feeds::Nothing {
             let so_far = std::mem::take(&mut self.feeds);
             self.feeds = so_far.and(&analysis.feeds);

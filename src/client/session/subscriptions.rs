@@ -12,7 +12,9 @@ use super::{PRIMARY, Session, server_lost};
 use crate::classify::Effect;
 use crate::client::error::{SessionError, no_server};
 use crate::client::reply;
-use crate::events::{Delivery, EventsError, Subscriber};
+use crate::client::state::Ending;
+use crate::config::Wake;
+use crate::events::{Delivery, EventsError, Hub, Subscriber};
 use crate::pgflow::events::{tells_of_runs, truncate_identifier};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
@@ -373,6 +375,33 @@ impl Session {
             self.shared.counters.notifications.inc();
         }
         self.put_deliveries(last).await
+    }
+
+    /// A transaction has ended: those who read the outbox shall know, unless it was plainly rolled back.
+    pub(super) fn tell(&mut self, statements: usize, ending: Ending) {
+        let told = std::mem::take(&mut self.transaction.tells);
+        // One of several statements may have committed before another failed, and so may a procedure.
+        let undone =
+            statements == 1 && (ending.rolled_back || ending.failed && !self.state.ran_opaque());
+        if told
+            && !undone
+            && self.replica.is_none()
+            && let Some(hub) = self.hub()
+        {
+            hub.committed();
+        }
+    }
+
+    /// `None`: it is told of commits by Postgres alone.
+    pub(super) fn hub(&mut self) -> Option<&Arc<Hub>> {
+        if self.live.config.events.wake == Wake::Notify {
+            return None;
+        }
+        let (shared, opening) = (&self.shared, &self.opening);
+        Some(
+            self.hub
+                .get_or_insert_with(|| shared.hubs.of_database(&opening.database)),
+        )
     }
 
     fn subscriber(&mut self) -> &Subscriber {
