@@ -215,6 +215,14 @@ pub(super) struct State {
     pid: i32,
 }
 
+/// What a session listens to as somebody.
+pub(super) struct Guarded {
+    pub(super) stream: StreamId,
+    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) asker: Arc<Asker>,
+    pub(super) target: Target,
+}
+
 /// Runs of which somebody has to be told whether they are for it, and whose queues wait.
 pub(super) struct Wanted {
     pub(super) asker: Arc<Asker>,
@@ -425,13 +433,16 @@ impl State {
         members.any(|(stream, mailbox)| mailbox.lock().guard(*stream).is_some())
     }
 
-    fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+    fn guarded(&self) -> Vec<Guarded> {
         self.pgflow_members()
             .filter_map(|(stream, mailbox)| {
                 let inbox = mailbox.lock();
-                let asker = Arc::clone(&inbox.guard(*stream)?.asker);
-                let target = inbox.target(*stream)?;
-                Some((*stream, Arc::clone(mailbox), asker, target))
+                Some(Guarded {
+                    stream: *stream,
+                    asker: Arc::clone(&inbox.guard(*stream)?.asker),
+                    target: inbox.target(*stream)?,
+                    mailbox: Arc::clone(mailbox),
+                })
             })
             .collect()
     }
@@ -1210,7 +1221,7 @@ impl Hub {
     }
 
     /// Whoever listens to runs as somebody.
-    pub(super) fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+    pub(super) fn guarded(&self) -> Vec<Guarded> {
         lock(&self.state).guarded()
     }
 

@@ -14,9 +14,9 @@ use crate::pgflow::events::{Channel, run_of_topic};
 use crate::server::questions::{Asker, DbError};
 
 use super::EventsError;
-use super::hub::{Hub, Mailbox, Wanted};
+use super::hub::{Guarded, Hub, Wanted};
 use super::sight::{Rights, Rows, Shown, Sight};
-use super::subscription::{Guard, StreamId, Target};
+use super::subscription::{Guard, Target};
 
 /// Runs in one question.
 const RUNS_AT_ONCE: usize = 1_000;
@@ -160,16 +160,15 @@ async fn look(hub: &Hub, wanted: Wanted) {
 
 /// One question a role, and one more for the runs that those whom policies restrict listen to.
 async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
-    let mut by_asker: HashMap<[u8; 32], Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)>> =
-        HashMap::new();
+    let mut by_asker: HashMap<[u8; 32], Vec<Guarded>> = HashMap::new();
     for guarded in hub.guarded() {
-        by_asker.entry(guarded.2.print).or_default().push(guarded);
+        let print = guarded.asker.print;
+        by_asker.entry(print).or_default().push(guarded);
     }
     for streams in by_asker.into_values() {
-        let Some((_, _, asker, _)) = streams.first() else {
+        let Some(asker) = streams.first().map(|stream| Arc::clone(&stream.asker)) else {
             continue;
         };
-        let asker = Arc::clone(asker);
         let rights = sight.rights(&asker).await;
         let rights = match rights {
             Ok(rights) => Some(rights),
@@ -187,8 +186,8 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
         };
         let watched: Vec<Uuid> = streams
             .iter()
-            .filter(|(.., target)| judged_of(target) == Judged::Watched)
-            .filter_map(|(.., target)| run_of(target))
+            .filter(|guarded| judged_of(&guarded.target) == Judged::Watched)
+            .filter_map(|guarded| run_of(&guarded.target))
             .collect();
         let mut hidden = HashSet::new();
         for runs in watched.chunks(RUNS_AT_ONCE) {
@@ -199,7 +198,13 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
                 Err(error) => return Err(error),
             }
         }
-        for (stream, mailbox, asker, target) in streams {
+        for guarded in streams {
+            let Guarded {
+                stream,
+                mailbox,
+                target,
+                ..
+            } = guarded;
             let judged = match run_of(&target) {
                 Some(run) if hidden.contains(&run) => Judged::Denied,
                 _ => judged_of(&target),
