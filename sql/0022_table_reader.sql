@@ -5,7 +5,7 @@
 -- Why: NOTIFY takes one lock of the whole cluster until its transaction has reached the disk, so transactions that notify commit
 -- one by one (sql/README.md, "Figures"). Under load a reader looks every few milliseconds anyway and need not be told.
 create table if not exists flowgate.reader (
-    reader_id uuid primary key,
+    reader_id uuid primary key,             -- of its Flowgate; the servers that carry that one's clients have it in `flowgate.wake`
     pid       integer not null,             -- of its connection
     asleep    boolean not null
 );

@@ -10,7 +10,8 @@
 --
 -- The wake-up has a constant payload, so Postgres keeps one per transaction. Whether a reader sleeps is looked up after the
 -- inserts: a transaction that finds it awake had its id before the reader fell asleep, and the reader looks on until those have
--- ended. An old snapshot can't tell, so at the stricter isolation levels it is always notified.
+-- ended. An old snapshot can't tell, so at the stricter isolation levels it is always notified. A session that a Flowgate carries
+-- names that one's reader in `flowgate.wake`: it sees the commit itself and need not be told.
 create or replace function flowgate.publish(topic text, events text[], payloads jsonb[])
 returns void
 language plpgsql
@@ -47,7 +48,8 @@ begin
 
     if current_setting('flowgate.wake', true) is distinct from 'off'
         and (current_setting('transaction_isolation') <> 'read committed'
-             or exists (select from flowgate.reader as r where r.asleep))
+             or exists (select from flowgate.reader as r
+                        where r.asleep and r.reader_id::text is distinct from current_setting('flowgate.wake', true)))
     then
         perform pg_notify('flowgate_wake', '');
     end if;

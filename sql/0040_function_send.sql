@@ -32,7 +32,8 @@ begin
 
     if current_setting('flowgate.wake', true) is distinct from 'off'
         and (current_setting('transaction_isolation') <> 'read committed'
-             or exists (select from flowgate.reader as r where r.asleep))
+             or exists (select from flowgate.reader as r
+                        where r.asleep and r.reader_id::text is distinct from current_setting('flowgate.wake', true)))
     then
         perform pg_notify('flowgate_wake', '');
     end if;

@@ -25,7 +25,7 @@ use crate::client::{
     Entrance, Habits, Peers, Replications, RunTokens, StatementRegistry, Verifiers,
 };
 use crate::coalesce::Flights;
-use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads};
+use crate::config::{self, Config, ConfigError, ConnectUrl, Listen, Reads, Wake};
 use crate::events::Hubs;
 use crate::http::{self, HttpState, JwksError, Place, Readiness};
 use crate::maintenance::Maintenance;
@@ -136,10 +136,12 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
         .enumerate()
         .map(|(id, url)| Arc::new(Upstream::new(id, url.clone())))
         .collect();
+    let reader = uuid::Uuid::new_v4();
     let pools = Pools::new(
         &upstreams,
         &config.pool,
         &config.shed,
+        (config.events.wake == Wake::Observe).then_some(reader),
         &registry,
         control.clone(),
     )
@@ -148,7 +150,9 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
     let hubs = Hubs::new(
         config.primary.clone(),
         config.events.clone(),
+        reader,
         connect_timeout,
+        config.http.recheck,
         &registry,
         control.clone(),
     );

@@ -20,6 +20,7 @@ mod tests;
 pub(crate) use memo::MemoStats;
 
 use crate::config::Reads;
+use crate::pgflow::functions;
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use lexer::{Kind, Lexer, Token};
 use memchr::memchr;
@@ -84,6 +85,34 @@ impl Analysis {
             flow: Arg::Absent,
             feeds: Feeds::Nothing,
         })
+    }
+
+    /// Whether it may send events: anything that may write does, by a trigger, a function or a rule, unless it is plainly about the
+    /// session.
+    pub(crate) fn may_tell(&self) -> bool {
+        match self.class {
+            StatementClass::Progress(_) | StatementClass::Start(_) | StatementClass::Define => true,
+            StatementClass::Read(_) | StatementClass::Poll(_) => false,
+            StatementClass::Other => {
+                let plain = |effect: &Effect| {
+                    matches!(
+                        effect,
+                        Effect::Transaction
+                            | Effect::Set { .. }
+                            | Effect::Reset(_)
+                            | Effect::ResetAll
+                            | Effect::Deallocate(_)
+                            | Effect::DeallocateAll
+                            | Effect::DiscardAll
+                            | Effect::Listen(_)
+                            | Effect::Unlisten(_)
+                            | Effect::UnlistenAll
+                    )
+                };
+                let session_only = !self.effects.is_empty() && self.effects.iter().all(plain);
+                self.statements > 1 || self.statements == 1 && !session_only
+            }
+        }
     }
 
     /// Whether runs may look different once this has committed. Of statements that call nothing of pgflow's we know
@@ -409,6 +438,29 @@ impl Classifier {
             First::Query | First::Other if effects::may_call(text) => Sight::Candidate,
             First::Query | First::Other | First::Definition => Sight::Plain,
         }
+    }
+}
+
+/// What is said of a text by itself, without a session: for those who hold it against a Postgres.
+pub struct Judge(Classifier);
+
+impl Judge {
+    pub fn new(reads: Reads) -> Self {
+        Self(Classifier::new(reads, 1 << 20, 0))
+    }
+
+    /// A replica may be asked.
+    pub fn is_read(&self, text: &str) -> bool {
+        let analysis = self.0.analyse(text.as_bytes());
+        matches!(analysis.class, StatementClass::Read(_))
+    }
+
+    /// Every function that a read may call, as `(schema, name)`; of those in `pg_catalog` some are the grammar's alone.
+    pub fn functions() -> impl Iterator<Item = (&'static str, &'static str)> {
+        let own = functions::FUNCTIONS.iter();
+        let own = own.filter(|function| function.class == functions::Class::Read);
+        let built_in = sql::FUNCTIONS.iter().map(|name| ("pg_catalog", *name));
+        built_in.chain(own.map(|function| (function.schema, function.name)))
     }
 }
 

@@ -322,7 +322,7 @@ impl Tokens<'_> {
 
 /// Built-in functions that read nothing but their arguments, aggregates and window functions; names with arguments of
 /// another kind that a user could overload are few. None sleeps, locks, sets, sends, or sees transaction ids.
-const FUNCTIONS: &[&str] = &[
+pub(super) const FUNCTIONS: &[&str] = &[
     "abs",
     "age",
     "array_agg",

@@ -622,7 +622,7 @@ impl Check {
             wake: self.word(
                 "events.wake",
                 raw.wake,
-                &[("notify", Wake::Notify), ("observe", Wake::Observe)],
+                &[("observe", Wake::Observe), ("notify", Wake::Notify)],
             ),
             direct_notify: raw.direct_notify.unwrap_or(false),
             retention: self.span(

@@ -4,7 +4,7 @@
 //! Locks: a hub's state first, an inbox second, never the other way round, neither over an await.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -12,18 +12,21 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use crate::config::{ConnectUrl, Events};
 use crate::metrics::Registry;
 use crate::pgflow::events::{
-    Channel, has_bad_cursor, run_of_topic, run_topic, truncate_identifier,
+    ALL_CHANNEL, Channel, FLOW_PREFIX, has_bad_cursor, run_of_topic, run_topic, truncate_identifier,
 };
+use crate::server::questions::{Asker, Database};
 
+use super::sight::{Proof, Sight};
 use super::subscription::{
-    Bounds, CutReason, Delivery, Event, Frames, Inbox, Offered, StreamId, Takes, Target,
+    Bounds, CutReason, Delivery, Event, Frames, Guard, Inbox, Offered, StreamId, Takes, Target,
     notification,
 };
-use super::{EventMetrics, EventsError, upstream};
+use super::{EventMetrics, EventsError, upstream, watch};
 
 /// Bytes that may wait for one reader, besides the frames `events.queue` allows.
 const QUEUE_BYTES: usize = 16 << 20;
@@ -31,6 +34,9 @@ const QUEUE_BYTES: usize = 16 << 20;
 const CHANNELS: usize = 10_000;
 /// How long shutdown waits for the listeners to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Connections of a database that ask what those who listen may see.
+const SIGHT_CONNECTIONS: usize = 2;
 
 /// All hubs of a process.
 pub(crate) struct Hubs {
@@ -42,7 +48,10 @@ pub(crate) struct Hubs {
 pub(super) struct Common {
     pub(super) control: ConnectUrl,
     pub(super) settings: Events,
+    /// Our readers' name in `flowgate.reader`, one a database.
+    pub(super) reader: Uuid,
     pub(super) connect_timeout: Duration,
+    recheck: Duration,
     pub(super) metrics: EventMetrics,
     handle: Handle,
     /// `None` once shut down: then no listener starts any more.
@@ -50,11 +59,14 @@ pub(super) struct Common {
 }
 
 impl Hubs {
-    /// The listeners run on `handle`'s runtime, whatever thread subscribes.
+    /// The listeners run on `handle`'s runtime, whatever thread subscribes. Within `recheck` they hear no more of what was
+    /// revoked.
     pub(crate) fn new(
         control: ConnectUrl,
         settings: Events,
+        reader: Uuid,
         connect_timeout: Duration,
+        recheck: Duration,
         registry: &Registry,
         handle: Handle,
     ) -> Arc<Self> {
@@ -63,7 +75,9 @@ impl Hubs {
         let common = Arc::new(Common {
             control,
             settings,
+            reader,
             connect_timeout,
+            recheck,
             metrics,
             handle,
             tasks,
@@ -134,6 +148,13 @@ pub(crate) struct Hub {
     state: Mutex<State>,
     /// There is something to do upstream.
     pub(super) kick: Notify,
+    /// A session of ours has committed what no look has begun to find.
+    observed: AtomicBool,
+    /// We were told by NOTIFY since the last look.
+    notified: AtomicBool,
+    pub(super) sight: Arc<Sight>,
+    /// Somebody waits to be told what it may see.
+    pub(super) look: Notify,
     next_stream: AtomicU64,
 }
 
@@ -177,10 +198,22 @@ pub(super) struct State {
     fences: Vec<Answer>,
     /// Nobody followed pgflow for a moment, so what happened then is nobody's.
     forget_cursor: bool,
+    /// By asker: what is to be asked for it.
+    wanted: HashMap<[u8; 32], Wanted>,
+    /// Those for whom something is being asked.
+    looking: HashSet<[u8; 32]>,
+    watching: bool,
     wake: bool,
     stopping: bool,
     running: bool,
     pid: i32,
+}
+
+/// Runs of which somebody has to be told whether they are for it, and whose queues wait.
+pub(super) struct Wanted {
+    pub(super) asker: Arc<Asker>,
+    pub(super) runs: HashSet<Uuid>,
+    pub(super) mailboxes: HashMap<usize, Arc<Mailbox>>,
 }
 
 #[derive(Default)]
@@ -269,6 +302,15 @@ impl Work {
     }
 }
 
+/// Why the outbox is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Reasons {
+    /// A session of ours has committed.
+    pub(super) observed: bool,
+    /// We were told.
+    pub(super) notified: bool,
+}
+
 enum Subscribed {
     InForce,
     Wait {
@@ -353,6 +395,66 @@ impl State {
             .flatten()
             .chain(self.flows.values().flatten())
             .chain(&self.all)
+    }
+
+    fn want(&mut self, asker: Arc<Asker>, topic: &str, mailbox: &Arc<Mailbox>) {
+        let Some(run) = run_of_topic(topic) else {
+            return;
+        };
+        let wanted = self.wanted.entry(asker.print).or_insert_with(|| Wanted {
+            asker,
+            runs: HashSet::new(),
+            mailboxes: HashMap::new(),
+        });
+        wanted.runs.insert(run);
+        let place = Arc::as_ptr(mailbox).addr();
+        wanted
+            .mailboxes
+            .entry(place)
+            .or_insert_with(|| Arc::clone(mailbox));
+    }
+
+    fn has_guarded(&self) -> bool {
+        let mut members = self.pgflow_members();
+        members.any(|(stream, mailbox)| mailbox.lock().guard(*stream).is_some())
+    }
+
+    fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+        self.pgflow_members()
+            .filter_map(|(stream, mailbox)| {
+                let inbox = mailbox.lock();
+                let asker = Arc::clone(&inbox.guard(*stream)?.asker);
+                let target = inbox.target(*stream)?;
+                Some((*stream, Arc::clone(mailbox), asker, target))
+            })
+            .collect()
+    }
+
+    /// Its reader may not hear it. `false`: it has left.
+    fn end(&mut self, stream: StreamId, mailbox: &Mailbox) -> bool {
+        let mut inbox = mailbox.lock();
+        let Some((guard, target)) = inbox.guard(stream).cloned().zip(inbox.target(stream)) else {
+            return false;
+        };
+        let mut ended_before = false;
+        if let Some((waiter, listened)) = self.page_waiters.remove(&stream) {
+            ended_before = listened == Listened::Anew;
+            let error = EventsError::Denied {
+                role: guard.asker.role.clone(),
+                channel: channel_of(&target),
+                one_run: true,
+            };
+            answer(waiter, Err(error));
+        }
+        // What was never in force ends with that answer.
+        if ended_before {
+            inbox.remove(stream);
+        } else {
+            inbox.end(stream, self.pid);
+        }
+        drop(inbox);
+        self.leave(stream, &target);
+        true
     }
 
     fn take_work(&mut self) -> Work {
@@ -548,6 +650,14 @@ impl State {
     }
 }
 
+fn channel_of(target: &Target) -> String {
+    match target {
+        Target::Ordinary(channel) | Target::Run { topic: channel, .. } => channel.clone(),
+        Target::Flow(slug) => format!("{FLOW_PREFIX}{slug}"),
+        Target::All => ALL_CHANNEL.to_owned(),
+    }
+}
+
 fn leave_members(by_name: &mut HashMap<String, Members>, name: &str, stream: StreamId) {
     if let Some(members) = by_name.get_mut(name) {
         members.remove(&stream);
@@ -574,11 +684,23 @@ fn spelling<'a>(name: &'a str, channel: &Channel) -> &'a str {
 impl Hub {
     fn new(database: String, common: Arc<Common>) -> Self {
         let (state, kick) = (Mutex::default(), Notify::new());
+        let questions = Database::new(
+            common.control.with_database(&database),
+            "flowgate sight",
+            SIGHT_CONNECTIONS,
+            common.connect_timeout,
+            Arc::clone(&common.metrics.sight_refused),
+        );
+        let sight = Sight::new(Arc::new(questions), Proof::LoggedIn, common.recheck);
         Self {
             database,
             common,
             state,
             kick,
+            observed: AtomicBool::new(false),
+            notified: AtomicBool::new(false),
+            sight: Arc::new(sight),
+            look: Notify::new(),
             next_stream: AtomicU64::new(1),
         }
     }
@@ -645,8 +767,17 @@ impl Hub {
         }
     }
 
-    /// Something may have been committed to the outbox: read it now rather than at the next probe.
-    pub(crate) fn wake(&self) {
+    /// A session of ours has committed, and may have sent events: of that nobody is notified. Costs a load where nobody reads.
+    pub(crate) fn committed(&self) {
+        // INVARIANT: taken back before a look begins, so whoever finds it set is seen by that look.
+        if !self.observed.load(Ordering::SeqCst) && !self.observed.swap(true, Ordering::SeqCst) {
+            self.kick.notify_one();
+        }
+    }
+
+    /// Something was committed to the outbox: read it now rather than at the next probe.
+    pub(super) fn wake(&self) {
+        self.notified.store(true, Ordering::SeqCst);
         let mut state = lock(&self.state);
         state.wake = true;
         let reading = state.outbox == Outbox::On;
@@ -661,14 +792,9 @@ impl Hub {
         self: &Arc<Self>,
         mailbox: &Arc<Mailbox>,
         name: &str,
+        guard: Option<Guard>,
     ) -> Result<Subscribed, EventsError> {
-        if name.is_empty() {
-            return Err(EventsError::EmptyChannel);
-        }
-        if has_bad_cursor(name) {
-            return Err(EventsError::BadCursor);
-        }
-        let channel = Channel::parse(name);
+        let channel = named(name)?;
         let spelling = spelling(name, &channel);
         let (target, after) = match channel {
             Channel::Run { id, after } => (
@@ -682,7 +808,7 @@ impl Hub {
             Channel::All => (Target::All, None),
             Channel::Ordinary(channel) => (Target::Ordinary(channel), None),
         };
-        self.enlist(mailbox, spelling, target, after)
+        self.enlist(mailbox, spelling, target, after, guard)
     }
 
     fn enlist(
@@ -691,6 +817,7 @@ impl Hub {
         spelling: &str,
         target: Target,
         after: Option<i64>,
+        guard: Option<Guard>,
     ) -> Result<Subscribed, EventsError> {
         let mut state = lock(&self.state);
         if state.stopping {
@@ -701,17 +828,21 @@ impl Hub {
             return Err(EventsError::Cut);
         }
         let (sender, answer) = oneshot::channel();
+        let guarded = guard.is_some();
         let (stream, listened) = match inbox.find(spelling) {
-            Some(stream) => match after {
-                Some(after) if inbox.replay(stream, after) => (stream, Listened::Again),
-                Some(_) | None => return Ok(Subscribed::InForce),
-            },
+            Some(stream) => {
+                inbox.set_guard(stream, guard);
+                match after {
+                    Some(after) if inbox.replay(stream, after) => (stream, Listened::Again),
+                    Some(_) | None => return Ok(Subscribed::InForce),
+                }
+            }
             None if inbox.channel_count() >= CHANNELS => {
                 return Err(EventsError::TooManyChannels { limit: CHANNELS });
             }
             None => {
                 let stream = self.next_stream.fetch_add(1, Ordering::Relaxed);
-                inbox.add(stream, spelling, target.clone(), after);
+                inbox.add(stream, spelling, target.clone(), after, guard);
                 state.join(stream, mailbox, &target);
                 (stream, Listened::Anew)
             }
@@ -744,9 +875,13 @@ impl Hub {
             }
         };
         let start = !std::mem::replace(&mut state.running, true);
+        let watch = guarded && !std::mem::replace(&mut state.watching, true);
         drop(state);
         if start {
-            self.start()?;
+            self.start(upstream::run(Arc::clone(self)))?;
+        }
+        if watch {
+            self.start(watch::run(Arc::clone(self)))?;
         }
         self.kick.notify_one();
         Ok(if in_force {
@@ -760,13 +895,13 @@ impl Hub {
         })
     }
 
-    fn start(self: &Arc<Self>) -> Result<(), EventsError> {
+    fn start(&self, task: impl Future<Output = ()> + Send + 'static) -> Result<(), EventsError> {
         let mut tasks = lock(&self.common.tasks);
         let Some(tasks) = tasks.as_mut() else {
             return Err(EventsError::Stopping);
         };
         while tasks.try_join_next().is_some() {}
-        tasks.spawn_on(upstream::run(Arc::clone(self)), &self.common.handle);
+        tasks.spawn_on(task, &self.common.handle);
         Ok(())
     }
 
@@ -805,6 +940,19 @@ impl Hub {
         state.evict_all(&everybody, CutReason::ShuttingDown);
         drop(state);
         self.kick.notify_one();
+        self.look.notify_one();
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.observed.load(Ordering::SeqCst)
+    }
+
+    /// A look at the outbox begins.
+    pub(super) fn take_reasons(&self) -> Reasons {
+        Reasons {
+            observed: self.observed.swap(false, Ordering::SeqCst),
+            notified: self.notified.swap(false, Ordering::SeqCst),
+        }
     }
 
     /// The floor: whether or not a wake-up came.
@@ -841,6 +989,10 @@ impl Hub {
             state.outbox = Outbox::Off;
             state.ordinary.clear();
             state.dirty.clear();
+        }
+        drop(state);
+        if retire {
+            self.look.notify_one();
         }
         retire
     }
@@ -910,7 +1062,7 @@ impl Hub {
             match mailbox.lock().offer_ordinary(*stream, &frame) {
                 Offered::Queued => queued += 1,
                 Offered::Cut => slow.push(Arc::clone(mailbox)),
-                Offered::Skipped | Offered::Gap => {}
+                Offered::Skipped | Offered::Gap | Offered::Veiled | Offered::Denied => {}
             }
         }
         self.common.metrics.deliveries.add(queued);
@@ -919,8 +1071,9 @@ impl Hub {
     }
 
     pub(super) fn dispatch_event(&self, event: &Arc<Event>) {
-        let state = lock(&self.state);
-        let mut frames = Frames::new(event, state.pid);
+        let mut state = lock(&self.state);
+        let known = |asker: &Asker, run| self.sight.known(asker, run);
+        let mut frames = Frames::new(event, state.pid, &known);
         let run = state.runs.get(&event.topic).into_iter().flatten();
         let flow = event
             .flow
@@ -936,15 +1089,58 @@ impl Hub {
             .into_iter()
             .flatten();
         let (mut queued, mut gaps) = (0, 0);
+        let (mut veiled, mut denied) = (Vec::new(), Vec::new());
         for (stream, mailbox) in run.chain(flow).chain(all) {
-            match mailbox.lock().offer_event(*stream, &mut frames) {
+            let mut inbox = mailbox.lock();
+            match inbox.offer_event(*stream, &mut frames) {
                 Offered::Queued => queued += 1,
                 Offered::Gap => gaps += 1,
                 Offered::Skipped | Offered::Cut => {}
+                Offered::Veiled => {
+                    let asker = inbox.guard(*stream).map(|guard| Arc::clone(&guard.asker));
+                    veiled.extend(asker.map(|asker| (asker, Arc::clone(mailbox))));
+                }
+                Offered::Denied => denied.push((*stream, Arc::clone(mailbox))),
             }
         }
-        self.common.metrics.deliveries.add(queued);
+        self.common
+            .metrics
+            .deliveries
+            .add(queued + veiled.len() as u64);
         self.common.metrics.gaps.add(gaps);
+        for (stream, mailbox) in denied {
+            self.count_end(state.end(stream, &mailbox));
+        }
+        if !veiled.is_empty() {
+            for (asker, mailbox) in veiled {
+                state.want(asker, &event.topic, &mailbox);
+            }
+            drop(state);
+            self.look.notify_one();
+        }
+    }
+
+    /// A row of a page was queued veiled.
+    pub(super) fn veiled(&self, stream: StreamId, event: &Event, mailbox: &Arc<Mailbox>) {
+        let asker = mailbox
+            .lock()
+            .guard(stream)
+            .map(|guard| Arc::clone(&guard.asker));
+        if let Some(asker) = asker {
+            lock(&self.state).want(asker, &event.topic, mailbox);
+            self.look.notify_one();
+        }
+    }
+
+    /// The reader may not hear it any more, and is told so.
+    pub(super) fn deny(&self, stream: StreamId, mailbox: &Mailbox) {
+        let ended = lock(&self.state).end(stream, mailbox);
+        self.count_end(ended);
+        self.kick.notify_one();
+    }
+
+    fn count_end(&self, ended: bool) {
+        self.common.metrics.denied.add(u64::from(ended));
     }
 
     pub(super) fn pid(&self) -> i32 {
@@ -963,6 +1159,79 @@ impl Hub {
     }
 }
 
+/// For `watch` alone.
+impl Hub {
+    /// What is to be asked now; `None`: nobody listens as somebody.
+    pub(super) fn take_wanted(&self) -> Option<Vec<Wanted>> {
+        let mut state = lock(&self.state);
+        if state.stopping || (state.looking.is_empty() && !state.has_guarded()) {
+            state.watching = false;
+            state.wanted.clear();
+            return None;
+        }
+        let State {
+            wanted, looking, ..
+        } = &mut *state;
+        // One question at a time for an asker: what comes meanwhile is in the next.
+        let ready = wanted.extract_if(|print, _| !looking.contains(print));
+        let ready: Vec<Wanted> = ready.map(|(_, wanted)| wanted).collect();
+        looking.extend(ready.iter().map(|wanted| wanted.asker.print));
+        Some(ready)
+    }
+
+    pub(super) fn looked(&self, asker: &Asker) {
+        lock(&self.state).looking.remove(&asker.print);
+    }
+
+    /// It is known which of the runs asked for this asker may see.
+    pub(super) fn unveil<'a>(
+        &self,
+        asker: &Asker,
+        asked: &HashSet<Uuid>,
+        shown: &HashSet<Uuid>,
+        mailboxes: impl Iterator<Item = &'a Arc<Mailbox>>,
+    ) {
+        let mut state = lock(&self.state);
+        for mailbox in mailboxes {
+            let denied = mailbox.lock().unveil(asker, asked, shown);
+            for stream in denied {
+                self.count_end(state.end(stream, mailbox));
+            }
+        }
+        drop(state);
+        self.kick.notify_one();
+    }
+
+    /// Whoever listens to runs as somebody.
+    pub(super) fn guarded(&self) -> Vec<(StreamId, Arc<Mailbox>, Arc<Asker>, Target)> {
+        lock(&self.state).guarded()
+    }
+
+    /// As `deny`, unless it listens as somebody else by now.
+    pub(super) fn end(&self, stream: StreamId, mailbox: &Mailbox, asker: &Asker) {
+        let mut state = lock(&self.state);
+        let same = mailbox
+            .lock()
+            .guard(stream)
+            .is_some_and(|guard| guard.asker.print == asker.print);
+        if same {
+            self.count_end(state.end(stream, mailbox));
+        }
+        drop(state);
+        self.kick.notify_one();
+    }
+}
+
+fn named(name: &str) -> Result<Channel, EventsError> {
+    if name.is_empty() {
+        return Err(EventsError::EmptyChannel);
+    }
+    if has_bad_cursor(name) {
+        return Err(EventsError::BadCursor);
+    }
+    Ok(Channel::parse(name))
+}
+
 /// One client's inbox: any number of channels, one bounded queue. Dropping it unlistens.
 pub(crate) struct Subscriber {
     hub: Arc<Hub>,
@@ -973,8 +1242,28 @@ impl Subscriber {
     /// Resolves once the subscription is in force: whatever is committed from then on will be delivered, or its absence
     /// announced. An error, and dropping the future, leave things as they were.
     pub(crate) async fn listen(&self, channel: &str) -> Result<(), EventsError> {
-        self.settle(self.hub.subscribe(&self.mailbox, channel)?)
+        self.settle(self.hub.subscribe(&self.mailbox, channel, None)?)
             .await
+    }
+
+    /// The same, for somebody who must be allowed to hear it, and hears no more of it than is allowed.
+    pub(crate) async fn listen_as(
+        &self,
+        channel: &str,
+        asker: &Arc<Asker>,
+    ) -> Result<(), EventsError> {
+        let named = named(channel)?;
+        let guard = watch::admit(&self.hub.sight, &named, asker).await;
+        let guard = guard.inspect_err(|error| {
+            if matches!(
+                error,
+                EventsError::Denied { .. } | EventsError::Unproven { .. }
+            ) {
+                self.hub.common.metrics.denied.inc();
+            }
+        })?;
+        let subscribed = self.hub.subscribe(&self.mailbox, channel, Some(guard))?;
+        self.settle(subscribed).await
     }
 
     /// As `listen`, to a topic of the outbox by its own name, a run's or any other, from what follows `after` on. Again for one
@@ -984,7 +1273,9 @@ impl Subscriber {
             topic: topic.to_owned(),
             run_id: run_of_topic(topic).map_or_else(String::new, |run| run.to_string()),
         };
-        let subscribed = self.hub.enlist(&self.mailbox, topic, target, Some(after))?;
+        let subscribed = self
+            .hub
+            .enlist(&self.mailbox, topic, target, Some(after), None)?;
         self.settle(subscribed).await
     }
 

@@ -9,14 +9,17 @@
 
 mod hub;
 mod rhythm;
+mod sight;
 mod snapshot;
 mod subscription;
 mod upstream;
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use hub::{Hub, Hubs, Subscriber};
+pub(crate) use sight::{Proof, Rights, Rows, Sight};
 pub(crate) use snapshot::Snapshot;
 pub(crate) use subscription::{CutReason, Delivery, Event, Form};
 
@@ -36,6 +39,15 @@ pub(crate) enum EventsError {
     Cut,
     #[error("the upstream listener was not ready within {0:?}")]
     Timeout(Duration),
+    #[error("role \"{role}\" may not follow {channel}")]
+    Denied {
+        role: String,
+        channel: String,
+        one_run: bool,
+    },
+    /// Policies count for this role, and the control role cannot ask them in its name.
+    #[error("what role \"{role}\" may see cannot be asked: {why}")]
+    Unproven { role: String, why: String },
     #[error("upstream refused: {0}")]
     Upstream(String),
     #[error("shutting down")]
@@ -49,6 +61,7 @@ pub(crate) struct EventMetrics {
     pub(crate) cuts_lost: Arc<Counter>,
     pub(crate) gaps: Arc<Counter>,
     pub(crate) wakeups: Arc<Counter>,
+    pub(crate) observed: Arc<Counter>,
     pub(crate) awake: Arc<Counter>,
     pub(crate) outbox_reads: Arc<Counter>,
     pub(crate) outbox_rows: Arc<Counter>,
@@ -56,6 +69,9 @@ pub(crate) struct EventMetrics {
     pub(crate) reconnects: Arc<Counter>,
     /// Answers to requests that notified did not wait any longer for what they sent.
     pub(crate) own_late: Arc<Counter>,
+    /// Channels refused or ended because a role may not see what they tell.
+    pub(crate) denied: Arc<Counter>,
+    pub(crate) sight_refused: Arc<Counter>,
 }
 
 impl EventMetrics {
@@ -80,6 +96,10 @@ impl EventMetrics {
                 "Gap markers queued for a subscriber.",
             ),
             wakeups: counter("flowgate_event_wakeups_total", "Wake-ups from the outbox."),
+            observed: counter(
+                "flowgate_event_observed_total",
+                "Reads of the outbox because a session of ours committed.",
+            ),
             awake: counter(
                 "flowgate_event_reader_awake_total",
                 "Times a reader of the outbox stayed awake, so that writers need not notify.",
@@ -103,6 +123,14 @@ impl EventMetrics {
             own_late: counter(
                 "flowgate_event_own_late_total",
                 "Requests that notified their own session and were answered before the notification came.",
+            ),
+            denied: counter(
+                "flowgate_event_denied_total",
+                "Channels refused to a session, or ended, because its role may not see what they tell.",
+            ),
+            sight_refused: counter(
+                "flowgate_event_sight_refused_total",
+                "Questions of what a listener may see that got no database connection in time.",
             ),
         }
     }

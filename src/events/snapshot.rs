@@ -39,6 +39,11 @@ impl Snapshot {
         xid < self.xmax && self.running().all(|running| running != xid)
     }
 
+    /// Whether it could see whatever the other could: it is the same, or a later one of the same server.
+    pub(crate) fn sees_all_of(&self, other: &Self) -> bool {
+        other.xmax <= self.xmax && self.running().all(|running| !other.sees(running))
+    }
+
     /// The rows (`e`) a transaction wrote that was not visible.
     pub(crate) fn unseen(&self) -> String {
         let mut sql = format!("e.xid >= '{}'::xid8", self.xmax);
@@ -81,6 +86,9 @@ mod tests {
         let seen: Vec<u64> = (8..22).filter(|xid| snapshot.sees(*xid)).collect();
         assert_eq!(seen, [8, 9, 11, 12, 13, 15, 16, 17, 18, 19]);
         assert_eq!(snapshot.to_string(), "10:20:10,14");
+        let later = Snapshot::parse("14:22:14,21").expect("a snapshot");
+        assert!(later.sees_all_of(&snapshot) && snapshot.sees_all_of(&snapshot));
+        assert!(!snapshot.sees_all_of(&later));
         let quiet = Snapshot::parse("7:9:").expect("a snapshot");
         assert_eq!(quiet.to_string(), "9:9:");
     }

@@ -11,11 +11,18 @@ use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use uuid::Uuid;
+
+use crate::pgflow::events::run_of_topic;
+use crate::server::questions::Asker;
 
 use super::snapshot::Snapshot;
 
 /// Rows of one replay page; the inbox may take fewer.
 pub(super) const PAGE_ROWS: usize = 256;
+
+/// The last payload of a channel whose listener may not hear it any more; the streams of `http` say the same.
+const END: &str = "{\"event_type\": \"error\", \"code\": \"42501\", \"message\": \"the role may not see this any more\"}";
 
 /// What a subscriber gets.
 #[derive(Clone, Debug)]
@@ -99,15 +106,68 @@ pub(super) struct Frames<'a> {
     pub(super) event: &'a Arc<Event>,
     pid: i32,
     made: Vec<(Arc<str>, Bytes)>,
+    /// What is known of who may see a run.
+    known: &'a dyn Fn(&Asker, Uuid) -> Option<bool>,
+    judged: Vec<([u8; 32], Look)>,
+}
+
+/// Whether a reader may see an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    Shown,
+    /// Of this run; it is veiled until somebody has asked.
+    Unknown(Uuid),
+    Hidden,
+}
+
+/// As whom a session listens.
+#[derive(Clone, Debug)]
+pub(super) struct Guard {
+    pub(super) asker: Arc<Asker>,
+    /// What it may see goes by the run.
+    pub(super) watched: bool,
+}
+
+/// Nobody may read it until it is known whether this asker may see that run.
+#[derive(Debug)]
+struct Veil {
+    asker: Arc<Asker>,
+    run: Uuid,
 }
 
 impl<'a> Frames<'a> {
-    pub(super) fn new(event: &'a Arc<Event>, pid: i32) -> Self {
+    pub(super) fn new(
+        event: &'a Arc<Event>,
+        pid: i32,
+        known: &'a dyn Fn(&Asker, Uuid) -> Option<bool>,
+    ) -> Self {
         Self {
             event,
             pid,
             made: Vec::new(),
+            known,
+            judged: Vec::new(),
         }
+    }
+
+    fn look(&mut self, guard: Option<&Guard>) -> Look {
+        let Some(Guard { asker, .. }) = guard.filter(|guard| guard.watched) else {
+            return Look::Shown;
+        };
+        let mut judged = self.judged.iter();
+        if let Some((_, look)) = judged.find(|(print, _)| *print == asker.print) {
+            return *look;
+        }
+        let look = match run_of_topic(&self.event.topic) {
+            None => Look::Hidden,
+            Some(run) => match (self.known)(asker, run) {
+                None => Look::Unknown(run),
+                Some(true) => Look::Shown,
+                Some(false) => Look::Hidden,
+            },
+        };
+        self.judged.push((asker.print, look));
+        look
     }
 
     fn made_for(&mut self, takes: Takes, channel: &Arc<str>) -> What {
@@ -162,6 +222,8 @@ struct Stream {
     /// Of a run: the last `seq` queued. Of a flow or all: unused.
     last_seq: Option<i64>,
     phase: Phase,
+    /// `None`: whoever reads it sees to that.
+    guard: Option<Guard>,
 }
 
 #[derive(Debug)]
@@ -226,12 +288,20 @@ pub(super) enum Offered {
     Gap,
     /// The reader is too slow and has been cut.
     Cut,
+    /// Queued; somebody has to ask whether it may be read.
+    Veiled,
+    /// Of a run that is followed: not for this reader, so its stream has to end.
+    Denied,
 }
 
 /// What came of one row of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fed {
     Queued,
+    /// Queued; somebody has to ask whether it may be read.
+    Veiled,
+    /// Not for this reader: its stream has to end.
+    Denied,
     /// Stop the page here; the rest comes once there is room.
     Full,
     /// Unlistened meanwhile.
@@ -249,6 +319,7 @@ pub(super) struct Bounds {
 struct Item {
     stream: StreamId,
     what: What,
+    veil: Option<Box<Veil>>,
 }
 
 #[derive(Debug)]
@@ -363,7 +434,14 @@ impl Inbox {
     }
 
     /// `after`: replay what follows this `seq` first.
-    pub(super) fn add(&mut self, id: StreamId, spelling: &str, target: Target, after: Option<i64>) {
+    pub(super) fn add(
+        &mut self,
+        id: StreamId,
+        spelling: &str,
+        target: Target,
+        after: Option<i64>,
+        guard: Option<Guard>,
+    ) {
         let spelling: Arc<str> = spelling.into();
         let phase = match after {
             None => Phase::Live,
@@ -380,8 +458,69 @@ impl Inbox {
                 target,
                 last_seq: after,
                 phase,
+                guard,
             },
         );
+    }
+
+    pub(super) fn guard(&self, id: StreamId) -> Option<&Guard> {
+        self.streams.get(&id)?.guard.as_ref()
+    }
+
+    /// It is listened to once more, as this one.
+    pub(super) fn set_guard(&mut self, id: StreamId, guard: Option<Guard>) {
+        if let (Some(stream), Some(guard)) = (self.streams.get_mut(&id), guard) {
+            stream.guard = Some(guard);
+        }
+    }
+
+    /// The rights of that asker have been looked at again.
+    pub(super) fn rejudge(&mut self, id: StreamId, asker: &Asker, watched: bool) {
+        if let Some(Stream {
+            guard: Some(guard), ..
+        }) = self.streams.get_mut(&id)
+            && guard.asker.print == asker.print
+        {
+            guard.watched = watched;
+        }
+    }
+
+    /// It is known what this asker may see. Returns the streams of a run that it may not.
+    pub(super) fn unveil(
+        &mut self,
+        asker: &Asker,
+        asked: &HashSet<Uuid>,
+        shown: &HashSet<Uuid>,
+    ) -> Vec<StreamId> {
+        let (bytes, streams) = (&mut self.bytes, &self.streams);
+        let mut denied = Vec::new();
+        self.queue.retain_mut(|item| {
+            let veil = item.veil.as_ref();
+            let Some(veil) = veil.filter(|veil| veil.asker.print == asker.print) else {
+                return true;
+            };
+            if shown.contains(&veil.run) {
+                item.veil = None;
+            } else if asked.contains(&veil.run) {
+                let target = streams.get(&item.stream).map(|stream| &stream.target);
+                if matches!(target, Some(Target::Run { .. })) && !denied.contains(&item.stream) {
+                    denied.push(item.stream);
+                }
+                *bytes -= item.what.len();
+                return false;
+            }
+            true
+        });
+        self.wake();
+        denied
+    }
+
+    /// What it listened to is not for it any more: that is the last it hears of it.
+    pub(super) fn end(&mut self, id: StreamId, pid: i32) {
+        if let Some(spelling) = self.spelling(id) {
+            self.remove(id);
+            self.push(id, What::Frame(notification(pid, &spelling, END)));
+        }
     }
 
     /// Also forgets what is queued for it: after UNLISTEN nothing of the channel may arrive.
@@ -476,6 +615,13 @@ impl Inbox {
                 return Offered::Skipped;
             }
         }
+        let look = frames.look(stream.guard.as_ref());
+        if look == Look::Hidden {
+            return match stream.target {
+                Target::Run { .. } => Offered::Denied,
+                Target::Flow(_) | Target::All | Target::Ordinary(_) => Offered::Skipped,
+            };
+        }
         let what = frames.made_for(self.takes, &stream.spelling);
         if !has_room(&self.bounds, self.queue.len(), self.bytes, what.len()) {
             return self.fall_behind(id, frames);
@@ -483,8 +629,11 @@ impl Inbox {
         if seq.is_some() {
             stream.last_seq = seq;
         }
-        self.push(id, what);
-        Offered::Queued
+        if self.push_looked(id, what, look) {
+            Offered::Veiled
+        } else {
+            Offered::Queued
+        }
     }
 
     fn fall_behind(&mut self, id: StreamId, frames: &Frames<'_>) -> Offered {
@@ -633,13 +782,20 @@ impl Inbox {
         if self.cut.is_some() || !matches!(stream.phase, Phase::Paging(_)) {
             return Fed::Gone;
         }
+        let look = frames.look(stream.guard.as_ref());
+        if look == Look::Hidden {
+            return Fed::Denied;
+        }
         let what = frames.made_for(self.takes, &stream.spelling);
         if !has_room(&self.bounds, self.queue.len(), self.bytes, what.len()) {
             return Fed::Full;
         }
         stream.last_seq = frames.event.seq;
-        self.push(id, what);
-        Fed::Queued
+        if self.push_looked(id, what, look) {
+            Fed::Veiled
+        } else {
+            Fed::Queued
+        }
     }
 
     /// The page came back short: nothing follows that a live read will not bring.
@@ -663,6 +819,10 @@ impl Inbox {
 
     pub(super) fn pop(&mut self) -> Popped {
         let delivery = loop {
+            // What follows must not overtake it.
+            if self.queue.front().is_some_and(|item| item.veil.is_some()) {
+                break None;
+            }
             let Some(item) = self.queue.pop_front() else {
                 break self.cut.map(Delivery::Cut);
             };
@@ -705,6 +865,12 @@ impl Inbox {
 
     pub(super) fn cut(&mut self, reason: CutReason) {
         self.cut.get_or_insert(reason);
+        // Nobody asks for one that has been cut.
+        let bytes = &mut self.bytes;
+        self.queue.retain(|item| {
+            *bytes -= item.veil.as_ref().map_or(0, |_| item.what.len());
+            item.veil.is_none()
+        });
         self.wake();
     }
 
@@ -722,8 +888,27 @@ impl Inbox {
     }
 
     fn push(&mut self, stream: StreamId, what: What) {
+        self.push_item(stream, what, None);
+    }
+
+    /// Whether it is veiled.
+    fn push_looked(&mut self, stream: StreamId, what: What, look: Look) -> bool {
+        let guard = self.guard(stream);
+        let veil = match (look, guard) {
+            (Look::Unknown(run), Some(Guard { asker, .. })) => {
+                let asker = Arc::clone(asker);
+                Some(Box::new(Veil { asker, run }))
+            }
+            _ => None,
+        };
+        let veiled = veil.is_some();
+        self.push_item(stream, what, veil);
+        veiled
+    }
+
+    fn push_item(&mut self, stream: StreamId, what: What, veil: Option<Box<Veil>>) {
         self.bytes += what.len();
-        self.queue.push_back(Item { stream, what });
+        self.queue.push_back(Item { stream, what, veil });
         self.wake();
     }
 
@@ -731,6 +916,7 @@ impl Inbox {
         self.queue.push_back(Item {
             stream,
             what: What::Marker,
+            veil: None,
         });
         self.wake();
     }
@@ -811,6 +997,10 @@ mod tests {
 
     const PID: i32 = 7;
 
+    fn unguarded(_: &Asker, _: Uuid) -> Option<bool> {
+        None
+    }
+
     fn inbox(frames: usize) -> Inbox {
         let bytes = 1 << 20;
         Inbox::new(Bounds { frames, bytes }, Takes::Frames)
@@ -841,7 +1031,7 @@ mod tests {
     }
 
     fn offer(inbox: &mut Inbox, stream: StreamId, id: i64, seq: Option<i64>) -> Offered {
-        inbox.offer_event(stream, &mut Frames::new(&event(id, seq), PID))
+        inbox.offer_event(stream, &mut Frames::new(&event(id, seq), PID, &unguarded))
     }
 
     /// A page as the hub serves it, from an outbox that holds these.
@@ -863,7 +1053,10 @@ mod tests {
             .filter(|seq| page.latest.is_none() || seq % 10 == 0)
             .collect();
         for &seq in rows.iter().take(limit) {
-            if inbox.page_row(stream, &mut Frames::new(&event(seq, Some(seq)), PID)) != Fed::Queued
+            if inbox.page_row(
+                stream,
+                &mut Frames::new(&event(seq, Some(seq)), PID, &unguarded),
+            ) != Fed::Queued
             {
                 return;
             }
@@ -919,7 +1112,7 @@ mod tests {
     #[test]
     fn one_event_is_encoded_once_for_all_who_spell_the_channel_alike() {
         let event = event(1, Some(1));
-        let mut frames = Frames::new(&event, PID);
+        let mut frames = Frames::new(&event, PID, &unguarded);
         let (a, b) = (frames.spelled(&"x".into()), frames.spelled(&"x".into()));
         assert_eq!(a.as_ptr(), b.as_ptr());
         assert_ne!(frames.spelled(&"X".into()), a);
@@ -928,7 +1121,7 @@ mod tests {
     #[test]
     fn live_events_come_in_order_and_a_repeated_one_is_dropped() {
         let mut inbox = inbox(10);
-        inbox.add(1, "c", run(), None);
+        inbox.add(1, "c", run(), None, None);
         assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Queued);
         assert_eq!(offer(&mut inbox, 1, 1, Some(5)), Offered::Skipped);
         assert_eq!(offer(&mut inbox, 1, 2, None), Offered::Queued);
@@ -939,7 +1132,7 @@ mod tests {
     #[test]
     fn a_replay_takes_live_events_from_the_outbox_until_it_has_caught_up() {
         let mut inbox = inbox(100);
-        inbox.add(1, "c", run(), Some(2));
+        inbox.add(1, "c", run(), Some(2), None);
         assert!(inbox.ask_pages());
         assert_eq!(offer(&mut inbox, 1, 4, Some(4)), Offered::Skipped);
         serve(&mut inbox, 1, kept(1, 4), 1);
@@ -955,7 +1148,7 @@ mod tests {
     #[track_caller]
     fn check_gap(after: i64, kept: Kept, delivered: &str) {
         let mut inbox = inbox(100);
-        inbox.add(1, "c", run(), Some(after));
+        inbox.add(1, "c", run(), Some(after), None);
         serve(&mut inbox, 1, kept, 100);
         assert_eq!(inbox.page(1), None, "live again");
         assert_eq!(drain(&mut inbox), delivered);
@@ -992,7 +1185,7 @@ mod tests {
     #[test]
     fn a_slow_reader_of_a_run_gets_the_latest_states_after_a_gap_and_then_goes_on() {
         let mut inbox = inbox(4);
-        inbox.add(1, "c", run(), None);
+        inbox.add(1, "c", run(), None, None);
         for seq in 1..=40 {
             offer(&mut inbox, 1, seq, Some(seq));
         }
@@ -1015,7 +1208,7 @@ mod tests {
     #[test]
     fn what_a_slow_reader_missed_comes_whole_if_it_fits() {
         let mut inbox = inbox(8);
-        inbox.add(1, "c", run(), None);
+        inbox.add(1, "c", run(), None, None);
         for seq in 1..=12 {
             offer(&mut inbox, 1, seq, Some(seq));
         }
@@ -1027,7 +1220,7 @@ mod tests {
     #[test]
     fn a_slow_reader_of_all_gets_one_gap_in_its_place() {
         let mut inbox = inbox(2);
-        inbox.add(1, "all", Target::All, None);
+        inbox.add(1, "all", Target::All, None, None);
         for id in 1..=5 {
             offer(&mut inbox, 1, id, Some(id));
         }
@@ -1040,7 +1233,7 @@ mod tests {
     #[test]
     fn a_slow_reader_of_an_ordinary_channel_is_cut() {
         let mut inbox = inbox(2);
-        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        inbox.add(1, "o", Target::Ordinary("o".into()), None, None);
         let frame = notification(PID, "o", "{}");
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
@@ -1057,7 +1250,7 @@ mod tests {
             bytes: 10,
         };
         let mut inbox = Inbox::new(bounds, Takes::Frames);
-        inbox.add(1, "o", Target::Ordinary("o".into()), None);
+        inbox.add(1, "o", Target::Ordinary("o".into()), None, None);
         let frame = notification(PID, "o", "a payload of more than ten bytes");
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Queued);
         assert_eq!(inbox.offer_ordinary(1, &frame), Offered::Cut);
@@ -1066,8 +1259,8 @@ mod tests {
     #[test]
     fn after_unlisten_nothing_of_the_channel_comes() {
         let mut inbox = inbox(10);
-        inbox.add(1, "c", run(), None);
-        inbox.add(2, "all", Target::All, None);
+        inbox.add(1, "c", run(), None, None);
+        inbox.add(2, "all", Target::All, None, None);
         offer(&mut inbox, 1, 1, Some(1));
         offer(&mut inbox, 2, 1, Some(1));
         assert_eq!(inbox.remove(1), Some(run()));
@@ -1079,8 +1272,8 @@ mod tests {
     #[test]
     fn a_rewritten_history_sends_runs_back_to_the_outbox_and_tells_the_others() {
         let mut inbox = inbox(10);
-        inbox.add(1, "c", run(), None);
-        inbox.add(2, "all", Target::All, None);
+        inbox.add(1, "c", run(), None, None);
+        inbox.add(2, "all", Target::All, None, None);
         offer(&mut inbox, 1, 9, Some(9));
         assert_eq!(drain(&mut inbox), "9");
         assert_eq!(inbox.distrust(1, 9, PID), Offered::Skipped);

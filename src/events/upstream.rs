@@ -28,10 +28,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
-use uuid::Uuid;
 
 use crate::pgflow::events::{WAKE_CHANNEL, envelope};
 use crate::server::control::{ControlConnection, DialError, dial, words};
+use crate::server::questions::Asker;
 
 use super::EventsError;
 use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
@@ -59,9 +59,8 @@ const SETTINGS: &str = "set search_path = ''; set enable_seqscan = off; set jit 
                         set synchronous_commit = off";
 
 /// Rows of readers that are gone make senders notify nobody.
-const REGISTER: &str = "delete from flowgate.reader r where not exists \
-                        (select from pg_stat_activity a where a.pid = r.pid and a.datname = current_database()); \
-                        insert into flowgate.reader (reader_id, pid, asleep) values (";
+const BURY: &str = "delete from flowgate.reader r where not exists \
+                        (select from pg_stat_activity a where a.pid = r.pid and a.datname = current_database())";
 
 /// Runs until nobody has listened for a while, or shutdown.
 pub(super) async fn run(hub: Arc<Hub>) {
@@ -144,8 +143,8 @@ struct Session<'a> {
     cursor: &'a mut Option<Cursor>,
     /// Runs can be told to their flow only where pgflow is.
     has_runs: bool,
-    /// Of our row in `flowgate.reader`. `None`: not there, so senders always notify (or, if it is older SQL, always did).
-    reader: Option<Uuid>,
+    /// Our row is in `flowgate.reader`. If not, senders always notify (older SQL), or never do (no right to write it).
+    registered: bool,
     rhythm: Rhythm,
 }
 
@@ -173,7 +172,7 @@ impl<'a> Session<'a> {
             client,
             cursor,
             has_runs: false,
-            reader: None,
+            registered: false,
             rhythm: Rhythm::new(Instant::now()),
         };
         session.execute(SETTINGS).await?;
@@ -189,6 +188,9 @@ impl<'a> Session<'a> {
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut idle_since = None;
         loop {
+            if session.is_due() {
+                hub.probe();
+            }
             session.work().await?;
             if hub.is_stopping() {
                 return session.unregister().await;
@@ -199,18 +201,29 @@ impl<'a> Session<'a> {
                 (true, Some(_)) => {}
             }
             let linger = idle_since.map_or(now, |since| since + LINGER);
-            let look = session.rhythm.next().filter(|_| session.cursor.is_some());
+            let look = session.next_look();
             tokio::select! {
                 ended = &mut driver.0 => {
                     return Err(ended.ok().and_then(Result::err).map_or(SessionError::Closed, SessionError::Postgres));
                 }
                 () = hub.kick.notified() => {}
                 _ = probe.tick(), if session.cursor.is_some() => hub.probe(),
-                () = sleep_until(look.unwrap_or(now)), if look.is_some() => hub.probe(),
+                () = sleep_until(look.unwrap_or(now)), if look.is_some() => {}
                 _ = heartbeat.tick() => session.execute("").await?,
                 () = sleep_until(linger), if idle_since.is_some() => return session.unregister().await,
             }
         }
+    }
+
+    /// When to look at the outbox without being told.
+    fn next_look(&self) -> Option<Instant> {
+        self.cursor.as_ref()?;
+        let observed = self.hub.is_observed().then(|| self.rhythm.rested());
+        observed.into_iter().chain(self.rhythm.next()).min()
+    }
+
+    fn is_due(&self) -> bool {
+        self.next_look().is_some_and(|look| look <= Instant::now())
     }
 
     async fn work(&mut self) -> Result<(), SessionError> {
@@ -346,24 +359,22 @@ impl<'a> Session<'a> {
             }
             return Ok(());
         }
-        let id = Uuid::new_v4();
-        self.execute(&format!("{REGISTER}'{id}', pg_backend_pid(), true)"))
-            .await?;
-        self.reader = Some(id);
+        self.execute(BURY).await?;
+        self.tell(true).await?;
+        self.registered = true;
         self.drowse().await
     }
 
     async fn unregister(&mut self) -> Result<(), SessionError> {
         self.rhythm = Rhythm::new(Instant::now());
-        let Some(id) = self.reader.take() else {
+        if !std::mem::take(&mut self.registered) {
             return Ok(());
-        };
-        match self
-            .execute(&format!(
-                "delete from flowgate.reader where reader_id = '{id}'"
-            ))
-            .await
-        {
+        }
+        let gone = format!(
+            "delete from flowgate.reader where reader_id = '{}'",
+            self.hub.common.reader
+        );
+        match self.execute(&gone).await {
             // Taken out meanwhile, with all the rest.
             Err(SessionError::Postgres(error)) if is_outbox_gone(&error) => Ok(()),
             other => other,
@@ -385,31 +396,38 @@ impl<'a> Session<'a> {
 
     /// Reads what is new, and tells senders when that changes whether they must notify.
     async fn look(&mut self) -> Result<(), SessionError> {
+        let reasons = self.hub.take_reasons();
+        if reasons.observed {
+            self.hub.common.metrics.observed.inc();
+        }
         let rows = self.read_outbox(Since::LastRead).await?;
-        let (Some(id), Some(cursor)) = (self.reader, self.cursor.as_ref()) else {
+        let now = Instant::now();
+        self.rhythm.rest(now);
+        let Some(cursor) = self.cursor.as_ref().filter(|_| self.registered) else {
             return Ok(());
         };
         let running = cursor.seen.in_progress();
-        match self.rhythm.looked(Instant::now(), rows, &running) {
+        match self.rhythm.looked(now, rows, reasons.notified, &running) {
             Turn::Stay => {}
             Turn::Wake => {
-                self.tell(id, false).await?;
+                self.tell(false).await?;
                 self.rhythm.awake(Instant::now());
                 self.hub.common.metrics.awake.inc();
             }
             Turn::Sleep => {
-                self.tell(id, true).await?;
+                self.tell(true).await?;
                 self.drowse().await?;
             }
         }
         Ok(())
     }
 
-    async fn tell(&self, id: Uuid, asleep: bool) -> Result<(), SessionError> {
+    async fn tell(&self, asleep: bool) -> Result<(), SessionError> {
+        let id = self.hub.common.reader;
         // Again, if somebody took the row for one of a reader that is gone.
         self.execute(&format!(
             "insert into flowgate.reader as r (reader_id, pid, asleep) values ('{id}', pg_backend_pid(), {asleep}) \
-             on conflict (reader_id) do update set asleep = excluded.asleep"
+             on conflict (reader_id) do update set pid = excluded.pid, asleep = excluded.asleep"
         ))
         .await
     }
@@ -549,7 +567,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn feed_page(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
+    async fn feed_page(&self, mailbox: &Arc<Mailbox>, page: &Page) -> Result<(), SessionError> {
         let (topic, after) = (literal(&page.topic), page.after);
         let rows = match page.latest {
             None => format!(
@@ -582,11 +600,20 @@ impl<'a> Session<'a> {
             };
             let event = Arc::new(event(&row, 0).ok_or(SessionError::Answer("a replay"))?);
             count += 1;
-            fed = mailbox
-                .lock()
-                .page_row(page.stream, &mut Frames::new(&event, self.hub.pid()));
+            let known = |asker: &Asker, run| self.hub.sight.known(asker, run);
+            let mut frames = Frames::new(&event, self.hub.pid(), &known);
+            fed = mailbox.lock().page_row(page.stream, &mut frames);
             match fed {
                 Fed::Queued => metrics.deliveries.inc(),
+                Fed::Veiled => {
+                    metrics.deliveries.inc();
+                    self.hub.veiled(page.stream, &event, mailbox);
+                    fed = Fed::Queued;
+                }
+                Fed::Denied => {
+                    self.hub.deny(page.stream, mailbox);
+                    break;
+                }
                 // The rest is read off the socket and dropped by the connection.
                 Fed::Full | Fed::Gone => break,
             }

@@ -8,12 +8,12 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::HttpState;
-use super::db::{Access, Answer, DbError, Question};
 use super::identity::{Credentials, Identity, of_headers};
 use super::refusal::{Refusal, json_text};
-use super::sight::Rights;
+use crate::events::Rights;
 use crate::pgflow::events::run_topic;
 use crate::pgflow::ids::{Slug, run_id};
+use crate::server::questions::{Access, Answer, DbError, Question};
 use crate::wire::quote::literal;
 
 const RUNS: i64 = 50;
@@ -155,7 +155,7 @@ pub(super) async fn run_state(
     id: Uuid,
 ) -> Result<Option<RunState>, Refusal> {
     let failed = |error| Refusal::of_database(error, Some(identity));
-    let rights = state.sight.rights(identity).await.map_err(failed)?;
+    let rights = state.sight.rights(&identity.asker).await.map_err(failed)?;
     let Some(sql) = run_sql(&rights, id) else {
         return Ok(None);
     };
@@ -294,7 +294,7 @@ pub(super) async fn flow(
 }
 
 async fn rights(state: &HttpState, identity: &Identity) -> Result<std::sync::Arc<Rights>, Refusal> {
-    let rights = state.sight.rights(identity).await;
+    let rights = state.sight.rights(&identity.asker).await;
     rights.map_err(|error| Refusal::of_database(error, Some(identity)))
 }
 
@@ -305,7 +305,7 @@ async fn ask(
     sql: &str,
 ) -> Result<Answer, Refusal> {
     let question = Question {
-        identity: Some(identity),
+        asker: Some(&identity.asker),
         before,
         settings: &[],
         access: Access::Read,

@@ -5,25 +5,22 @@ use std::sync::Arc;
 
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
-use ring::digest;
 use serde_json::{Map, Value, json};
 use subtle::ConstantTimeEq;
 
 use super::jwt::{self, Claims, JwksError, Keys, Refusal};
 use crate::config;
+use crate::server::questions::Asker;
 
 /// What a role and its claims are, for one request or one stream.
 #[derive(Debug)]
 pub(super) struct Identity {
-    pub(super) role: String,
-    /// `request.jwt.claims`, with the role in it.
-    pub(super) claims: String,
+    /// With `request.jwt.claims`, the role in them.
+    pub(super) asker: Asker,
     /// Seconds since 1970.
     pub(super) expires: Option<i64>,
     /// Brought nothing of its own: "log in" rather than "you may not".
     pub(super) anonymous: bool,
-    /// The same for the same role and claims, and for nobody else: SHA-256 of both.
-    pub(super) print: [u8; 32],
 }
 
 /// Why somebody is nobody: 401.
@@ -117,16 +114,16 @@ impl Guard {
                 .as_ref()
                 .ok_or_else(|| invalid("the JWT has no role claim".to_owned()))?;
             let mut claims: Map<String, Value> = serde_json::from_str(&json).unwrap_or_default();
-            claims.insert("role".to_owned(), stranger.role.as_str().into());
+            claims.insert("role".to_owned(), stranger.asker.role.as_str().into());
             let claims = Value::Object(claims).to_string();
-            let role = stranger.role.clone();
+            let role = stranger.asker.role.clone();
             return Ok(Arc::new(Identity::new(role, claims, expires, true)));
         };
         // Postgres' text has no NUL.
         if role.contains('\0') || json.contains('\0') {
             return Err(invalid("the JWT's role is no role".to_owned()));
         }
-        let strangers = self.stranger.as_ref().map(|stranger| &stranger.role);
+        let strangers = self.stranger.as_ref().map(|stranger| &stranger.asker.role);
         let anonymous = role == "anon" || strangers == Some(&role);
         Ok(Arc::new(Identity::new(role, json, expires, anonymous)))
     }
@@ -139,18 +136,11 @@ fn invalid(message: String) -> Unauthorized {
 
 impl Identity {
     fn new(role: String, claims: String, expires: Option<i64>, anonymous: bool) -> Self {
-        let mut both = digest::Context::new(&digest::SHA256);
-        both.update(role.as_bytes());
-        both.update(&[0]);
-        both.update(claims.as_bytes());
-        let mut print = [0; 32];
-        print.copy_from_slice(both.finish().as_ref());
+        let settings = vec![("request.jwt.claims".to_owned(), claims)];
         Self {
-            role,
-            claims,
+            asker: Asker::new(role, settings),
             expires,
             anonymous,
-            print,
         }
     }
 
@@ -220,7 +210,7 @@ mod tests {
             map.insert(name, value.parse().unwrap());
         }
         let got = match guard.identify(of_headers(&map)) {
-            Ok(identity) => format!("{} {}", identity.role, identity.claims),
+            Ok(identity) => format!("{} {}", identity.asker.role, identity.asker.settings[0].1),
             Err(refused) => format!("{} {}", refused.code, refused.message),
         };
         assert_eq!(got, expected);

@@ -7,7 +7,6 @@ mod api;
 mod cors;
 mod counters;
 mod dashboard;
-mod db;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod identity;
@@ -17,7 +16,6 @@ mod realtime;
 mod refusal;
 mod rest;
 mod seats;
-mod sight;
 mod starting;
 mod streams;
 
@@ -45,17 +43,16 @@ use tower_http::compression::CompressionLayer;
 use tracing::debug;
 
 use crate::config::Config;
-use crate::events::{Hub, Hubs};
+use crate::events::{Hub, Hubs, Proof, Sight};
 use crate::metrics::Registry;
+use crate::server::questions::Database;
 pub use jwt::JwksError;
 
 use cors::Origins;
 use counters::Counters;
 pub(crate) use dashboard::Place;
-use db::Database;
 use identity::Guard;
 use seats::{Seated, Seats};
-use sight::Sight;
 use starting::Starting;
 
 /// Of a request.
@@ -110,16 +107,21 @@ impl HttpState {
         let http = &config.http;
         let database = Arc::new(Database::new(
             config.primary.clone(),
+            "flowgate http",
             http.pool_size.get(),
             config.pool.connect_timeout,
-            registry,
+            registry.counter(
+                "flowgate_http_database_refused_total",
+                "HTTP requests that got no database connection in time",
+                &[],
+            ),
         ));
         let (stop, stopping) = watch::channel(false);
         Ok(Self(Arc::new(Parts {
             registry: Arc::clone(registry),
             ready,
             guard: Guard::new(http)?,
-            sight: Sight::new(Arc::clone(&database), http.recheck),
+            sight: Sight::new(Arc::clone(&database), Proof::ToBeTaken, http.recheck),
             database,
             hub: hubs.of_database(&config.primary.database),
             origins: Origins::new(&http.cors),
@@ -335,7 +337,9 @@ mod tests {
         let hubs = Hubs::new(
             config.primary.clone(),
             config.events.clone(),
+            uuid::Uuid::nil(),
             DEADLINE,
+            config.http.recheck,
             &registry,
             Handle::current(),
         );

@@ -24,12 +24,12 @@ use uuid::Uuid;
 
 use super::HttpState;
 use super::counters::OpenStream;
-use super::db::DbError;
 use super::identity::{Credentials, Identity, of_headers};
 use super::phoenix::{Said, Version, made_up_events, read_push};
 use super::refusal::JSON;
 use crate::events::{CutReason, Delivery, Event, Subscriber};
 use crate::pgflow::events::run_of_topic;
+use crate::server::questions::DbError;
 
 /// What a client may send in one message.
 const MESSAGE_MAX: usize = 1 << 20;
@@ -360,15 +360,18 @@ impl Connection {
     async fn permitted(&self, identity: &Identity, run: Option<Uuid>) -> Result<(), String> {
         let sight = &self.state.sight;
         let allowed = match run {
-            Some(run) => sight.may_follow(identity, run).await,
+            Some(run) => sight.may_follow(&identity.asker, run).await,
             // Whoever may read any run that it can name may hear any topic that it can.
-            None => sight.rights(identity).await.map(|rights| rights.by_id),
+            None => sight
+                .rights(&identity.asker)
+                .await
+                .map(|rights| rights.by_id),
         };
         match allowed {
             Ok(true) => Ok(()),
             Ok(false) => Err(format!(
                 "Unauthorized: role \"{}\" may not see this",
-                identity.role
+                identity.asker.role
             )),
             Err(DbError::Role(message)) => Err(format!("Unauthorized: {message}")),
             Err(error) => Err(error.to_string()),
@@ -442,8 +445,11 @@ impl Connection {
             let (identity, run) = (Arc::clone(&channel.identity), channel.run);
             let sight = &self.state.sight;
             let allowed = match run {
-                Some(run) => sight.may_follow(&identity, run).await,
-                None => sight.rights(&identity).await.map(|rights| rights.by_id),
+                Some(run) => sight.may_follow(&identity.asker, run).await,
+                None => sight
+                    .rights(&identity.asker)
+                    .await
+                    .map(|rights| rights.by_id),
             };
             match allowed {
                 Ok(true) => {}

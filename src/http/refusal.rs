@@ -5,8 +5,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use super::db::DbError;
 use super::identity::{Identity, Unauthorized};
+use crate::server::questions::DbError;
 
 #[derive(Clone, Debug)]
 pub(super) struct Refusal {

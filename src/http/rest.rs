@@ -13,12 +13,12 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
 use super::HttpState;
-use super::db::{Access, Question};
 use super::identity::{Identity, of_headers};
 use super::refusal::{Refusal, json_text};
 use super::starting::Hold;
 use crate::pgflow::ids::run_id;
 use crate::pgflow::tables::TABLES;
+use crate::server::questions::{Access, Question};
 use crate::wire::quote::{ident, literal};
 
 const SCHEMA: &str = "pgflow";
@@ -482,7 +482,7 @@ async fn asked(
         Value::Object(cookies).to_string(),
     );
     let question = Question {
-        identity: Some(identity),
+        asker: Some(&identity.asker),
         before: "",
         settings: &[
             ("request.method", method.as_str()),

@@ -4,7 +4,8 @@
 //!
 //! `id:` is where to resume: of a run its `seq`, of the others a *cursor*, `<id>-<snapshot>-<snapshot>`: the event, what had
 //! been read before the look at the outbox that brought it, and what by it. What follows it are rows that the first could not
-//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit.
+//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit. They
+//! are told in two parts, the rest of that look and then what it did not see, so that each has a cursor as exact as this one.
 //!
 //! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
 
@@ -31,13 +32,14 @@ use uuid::Uuid;
 use super::HttpState;
 use super::api::{InUrl, a_run_id, a_slug, identify, last_seq, run_state};
 use super::counters::OpenStream;
-use super::db::DbError;
 use super::identity::Identity;
 use super::refusal::Refusal;
-use super::sight::{Rights, Rows};
-use crate::events::{CutReason, Delivery, Event, EventsError, Form, Snapshot, Subscriber};
+use crate::events::{
+    CutReason, Delivery, Event, EventsError, Form, Rights, Rows, Snapshot, Subscriber,
+};
 use crate::pgflow::events::{ALL_CHANNEL, FLOW_PREFIX, envelope, run_of_topic, run_topic};
 use crate::pgflow::ids::Slug;
+use crate::server::questions::DbError;
 use crate::wire::quote::literal;
 
 const HEARTBEAT: Duration = Duration::from_secs(15);
@@ -81,7 +83,7 @@ pub(super) async fn run(
     let failed = |error| Refusal::of_database(error, Some(&identity));
     if !state
         .sight
-        .may_follow(&identity, id)
+        .may_follow(&identity.asker, id)
         .await
         .map_err(failed)?
     {
@@ -152,7 +154,7 @@ async fn many(
         ));
     }
     let failed = |error| Refusal::of_database(error, Some(&identity));
-    let rights = state.sight.rights(&identity).await.map_err(failed)?;
+    let rights = state.sight.rights(&identity.asker).await.map_err(failed)?;
     if rights.runs == Rows::None {
         return Err(Refusal::of_database(
             may_not_list(&identity),
@@ -196,10 +198,9 @@ async fn many(
             if let Some(gap) = start.gap_after(&cursor, rewritten, &scope) {
                 first.push_back(gap);
             }
-            let rest = (!rewritten).then_some(Rest { cursor, last_id: 0 });
             Past {
                 seen: start.now,
-                rest,
+                rest: (!rewritten).then_some(cursor),
             }
         }
     };
@@ -214,7 +215,7 @@ fn may_not_list(identity: &Identity) -> DbError {
         detail: None,
         hint: Some(format!(
             "To follow runs whose ids it does not name, role \"{}\" needs SELECT on pgflow.runs.",
-            identity.role
+            identity.asker.role
         )),
     }
 }
@@ -329,12 +330,8 @@ impl std::fmt::Display for Cursor {
 struct Past {
     /// Live events that this could see are in what is resumed with, or before it.
     seen: Snapshot,
-    rest: Option<Rest>,
-}
-
-struct Rest {
-    cursor: Cursor,
-    last_id: i64,
+    /// Where in the past it is: first the rest of the look that brought the cursor's event, then all that came since.
+    rest: Option<Cursor>,
 }
 
 struct Stream {
@@ -440,9 +437,9 @@ impl Stream {
         }
         self.check_at = self.state.sight.next_check();
         let allowed = match &self.scope {
-            Scope::Run(id) => self.state.sight.may_follow(&self.identity, *id).await,
+            Scope::Run(id) => self.state.sight.may_follow(&self.identity.asker, *id).await,
             Scope::Flow(_) | Scope::All => {
-                let rights = self.state.sight.rights(&self.identity).await;
+                let rights = self.state.sight.rights(&self.identity.asker).await;
                 rights.map(|rights| {
                     let allowed = rights.runs != Rows::None;
                     self.rights = Some(rights);
@@ -479,7 +476,7 @@ impl Stream {
                 }
                 let bytes = match self.scope {
                     Scope::Run(_) => event.encoded(Form::StreamOfRun, of_run),
-                    Scope::Flow(_) | Scope::All => event.encoded(Form::StreamOfAll, of_all),
+                    Scope::Flow(_) | Scope::All => self.of_all(&event),
                 };
                 self.state.counters.events.inc();
                 self.next.push_back(bytes);
@@ -495,6 +492,19 @@ impl Stream {
         }
     }
 
+    /// Encoded for all streams; not so what a look brought that began before this stream did: the past told a part of it.
+    fn of_all(&self, event: &Arc<Event>) -> Bytes {
+        if let (Some(past), Some(reading)) = (&self.past, &event.reading)
+            && !reading.before.sees_all_of(&past.seen)
+        {
+            return of_all(event, &past.seen, &reading.now);
+        }
+        event.encoded(Form::StreamOfAll, |event| match &event.reading {
+            Some(reading) => of_all(event, &reading.before, &reading.now),
+            None => format!("data: {}\n\n", event.payload).into(),
+        })
+    }
+
     /// Of a stream of many: whether the role may see that run.
     async fn shows(&mut self, topic: &str) -> bool {
         if matches!(self.scope, Scope::Run(_)) {
@@ -505,7 +515,7 @@ impl Stream {
         };
         let rights = match &self.rights {
             Some(rights) => Arc::clone(rights),
-            None => match self.state.sight.rights(&self.identity).await {
+            None => match self.state.sight.rights(&self.identity.asker).await {
                 Ok(rights) => Arc::clone(self.rights.insert(rights)),
                 Err(_unknown) => return self.give_up(),
             },
@@ -513,7 +523,7 @@ impl Stream {
         match self
             .state
             .sight
-            .may_list(&self.identity, &rights, run)
+            .may_list(&self.identity.asker, &rights, run)
             .await
         {
             Ok(shown) => shown,
@@ -535,16 +545,15 @@ impl Stream {
         else {
             return;
         };
-        let sql = page_sql(&self.scope, seen, rest);
+        let sql = page_sql(&self.scope, rest);
         let Ok(answer) = self.state.database.ask_ourselves(&sql).await else {
             self.ended = true;
             return;
         };
-        let (seen, cursor) = (seen.clone(), rest.cursor.clone());
+        let (seen, mut at) = (seen.clone(), rest.clone());
         let first = answer.rows.first().and_then(|row| row.get(4)?.as_deref());
         let found = first.and_then(|found| found.parse::<usize>().ok());
         let short = found.is_none_or(|found| found < PAGE && answer.rows.len() == found);
-        let mut last_id = rest.last_id;
         for row in &answer.rows {
             let column = |at: usize| row.get(at).and_then(Option::as_deref);
             let (Some(id), Some(topic), Some(payload)) = (
@@ -554,38 +563,42 @@ impl Stream {
             ) else {
                 continue;
             };
-            last_id = id;
+            at.id = id;
             if self.shows(topic).await {
                 let seq = column(2).and_then(|seq| seq.parse().ok());
-                let from = Cursor {
-                    id,
-                    before: cursor.before.clone(),
-                    now: seen.clone(),
-                };
                 let told = envelope(payload, seq, id);
                 self.next
-                    .push_back(format!("id: {from}\ndata: {told}\n\n").into());
+                    .push_back(format!("id: {at}\ndata: {told}\n\n").into());
             }
             if self.ended {
                 return;
             }
         }
         if let Some(past) = &mut self.past {
-            past.rest = (!short).then_some(Rest { cursor, last_id });
+            past.rest = if !short {
+                Some(at)
+            } else if at.now == seen {
+                None
+            } else {
+                Some(Cursor {
+                    id: 0,
+                    before: at.now,
+                    now: seen,
+                })
+            };
         }
     }
 }
 
-fn page_sql(scope: &Scope, seen: &Snapshot, rest: &Rest) -> String {
-    let Rest { cursor, last_id } = rest;
+fn page_sql(scope: &Scope, at: &Cursor) -> String {
     let mut sql = format!(
         "select e.id, e.topic, e.seq, e.payload, pg_column_size(e.payload) as size from flowgate.event as e \
-         where ({}) and (e.id > {} or {}) and e.id > {last_id} \
-         and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.topic like 'pgflow:%' and not e.private",
-        cursor.before.unseen(),
-        cursor.id,
-        cursor.now.unseen(),
-        literal(&seen.to_string()),
+         where ({}) and e.xid < '{}'::xid8 and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.id > {} \
+         and e.topic like 'pgflow:%' and not e.private",
+        at.before.unseen(),
+        at.now.xmax(),
+        literal(&at.now.to_string()),
+        at.id,
     );
     if let Scope::Flow(slug) = scope {
         write!(
@@ -611,18 +624,13 @@ fn of_run(event: &Event) -> Bytes {
     }
 }
 
-fn of_all(event: &Event) -> Bytes {
-    match &event.reading {
-        Some(reading) => {
-            let from = Cursor {
-                id: event.id,
-                before: reading.before.clone(),
-                now: reading.now.clone(),
-            };
-            format!("id: {from}\ndata: {}\n\n", event.payload).into()
-        }
-        None => format!("data: {}\n\n", event.payload).into(),
-    }
+fn of_all(event: &Event, before: &Snapshot, now: &Snapshot) -> Bytes {
+    let from = Cursor {
+        id: event.id,
+        before: before.clone(),
+        now: now.clone(),
+    };
+    format!("id: {from}\ndata: {}\n\n", event.payload).into()
 }
 
 #[cfg(test)]

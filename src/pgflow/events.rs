@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 /// The one Postgres channel that says "the outbox has something new"; its payload is constant, events never ride in it.
 pub const WAKE_CHANNEL: &str = "flowgate_wake";
+/// The setting of a session whose commits a Flowgate sees itself: the id of its reader, which need not be notified of them.
+pub const WAKE_SETTING: &str = "flowgate.wake";
 /// Every event of every run.
 pub const ALL_CHANNEL: &str = "pgflow_events";
 /// Events of one run; pgflow's own topic, so the same word names the outbox topic.
@@ -66,6 +68,11 @@ pub fn has_bad_cursor(name: &str) -> bool {
         && name
             .split_once('@')
             .is_some_and(|(channel, _)| of_ours(channel))
+}
+
+/// Whether it is one that tells of runs.
+pub fn tells_of_runs(name: &str) -> bool {
+    !matches!(Channel::parse(name), Channel::Ordinary(_))
 }
 
 fn parse_run(rest: &str) -> Option<Channel> {

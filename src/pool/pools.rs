@@ -20,6 +20,7 @@ use super::stats::DatabaseStats;
 use crate::classify::Worth;
 use crate::config;
 use crate::metrics::Registry;
+use crate::pgflow::events::WAKE_SETTING;
 use crate::server::auth::Credentials;
 use crate::server::connect::Connector;
 use crate::server::parameters::Opening;
@@ -44,6 +45,8 @@ pub(crate) struct Pools {
     /// Numbers servers.
     servers: Arc<AtomicU64>,
     common: Arc<Common>,
+    /// The reader of events that sees what these servers commit.
+    observer: Option<uuid::Uuid>,
 }
 
 /// An upstream as pools see it.
@@ -89,6 +92,7 @@ impl Pools {
         upstreams: &[Arc<Upstream>],
         settings: &config::Pool,
         shed: &config::Shed,
+        observer: Option<uuid::Uuid>,
         registry: &Registry,
         control: Handle,
     ) -> io::Result<Arc<Self>> {
@@ -135,6 +139,7 @@ impl Pools {
             stats: Mutex::default(),
             settings: Mutex::new(settings.clone()),
             servers: Arc::default(),
+            observer,
             common: Arc::new(Common {
                 counters,
                 shed: shed.clone(),
@@ -154,7 +159,10 @@ impl Pools {
 
     /// What of a new upstream may fail, such as reading its root certificates.
     pub(crate) fn prepare(&self, upstream: &Arc<Upstream>) -> io::Result<NewUpstream> {
-        let connector = Connector::new(&upstream.url, Arc::clone(&self.servers))?;
+        let mut connector = Connector::new(&upstream.url, Arc::clone(&self.servers))?;
+        if let Some(observer) = self.observer {
+            connector = connector.with_setting(WAKE_SETTING, observer.to_string());
+        }
         Ok(NewUpstream(Arc::new(Endpoint {
             connector: Arc::new(connector),
             control_role: Credentials::of_control_role(&upstream.url),

@@ -59,6 +59,8 @@ pub(crate) struct Connector {
     tls: Option<Arc<ClientConfig>>,
     /// Numbers servers.
     ids: Arc<AtomicU64>,
+    /// Settings that servers are opened with and their clients know nothing of: what RESET goes back to.
+    ours: Vec<(&'static str, String)>,
 }
 
 impl Connector {
@@ -74,7 +76,14 @@ impl Connector {
             channel_binding: url.channel_binding,
             tls,
             ids,
+            ours: Vec::new(),
         })
+    }
+
+    /// Servers are opened with this setting, too, where what is there takes it.
+    pub(crate) fn with_setting(mut self, name: &'static str, value: String) -> Self {
+        self.ours.push((name, value));
+        self
     }
 
     /// Opens a connection for `opening`; `application_name` is set, but not part of what makes servers alike.
@@ -85,7 +94,19 @@ impl Connector {
         credentials: &Credentials,
         within: Duration,
     ) -> Result<ServerConn, ConnectError> {
-        let login = self.log_in(opening, application_name, credentials);
+        let login = async {
+            let log_in = |ours| self.log_in(opening, application_name, credentials, ours);
+            match Box::pin(log_in(&self.ours)).await {
+                // Another pooler stands there and takes none but those it knows.
+                Err(ConnectError::Refused(body))
+                    if !self.ours.is_empty()
+                        && crate::wire::error_response::field(&body, b'C') == Some(b"08P01") =>
+                {
+                    Box::pin(log_in(&[])).await
+                }
+                other => other,
+            }
+        };
         timeout(within, Box::pin(login))
             .await
             .unwrap_or(Err(ConnectError::TimedOut(within)))
@@ -97,6 +118,7 @@ impl Connector {
         opening: &Arc<Opening>,
         application_name: &str,
         credentials: &Credentials,
+        ours: &[(&'static str, String)],
     ) -> Result<ServerConn, ConnectError> {
         let (first, second) = match self.sslmode {
             SslMode::Disable => (Way::Plain, None),
@@ -104,11 +126,12 @@ impl Connector {
             SslMode::Prefer => (Way::TlsIfOffered, Some(Way::Plain)),
             SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => (Way::Tls, None),
         };
-        let tried = Box::pin(self.log_in_by(first, opening, application_name, credentials)).await;
+        let log_in_by =
+            |way| Box::pin(self.log_in_by(way, opening, application_name, credentials, ours));
+        let tried = log_in_by(first).await;
         match (tried, second) {
             (Err(refused), Some(way)) if way.may_help(&refused) => {
-                let again =
-                    Box::pin(self.log_in_by(way, opening, application_name, credentials)).await;
+                let again = log_in_by(way).await;
                 // No TLS there at all: then what the server said first is the news.
                 again.map_err(|error| match error {
                     ConnectError::Tls(_) => refused,
@@ -125,9 +148,10 @@ impl Connector {
         opening: &Arc<Opening>,
         application_name: &str,
         credentials: &Credentials,
+        ours: &[(&'static str, String)],
     ) -> Result<ServerConn, ConnectError> {
         let mut stream = Stream::new(self.dial(way).await?);
-        put_startup(&mut stream.output, opening, application_name);
+        put_startup(&mut stream.output, opening, application_name, ours);
         stream.flush().await.map_err(ConnectError::Closed)?;
         let mut login = Login::new(&stream, self.channel_binding);
         loop {
@@ -281,13 +305,19 @@ impl Way {
     }
 }
 
-fn put_startup(out: &mut Vec<u8>, opening: &Opening, application_name: &str) {
+fn put_startup(
+    out: &mut Vec<u8>,
+    opening: &Opening,
+    application_name: &str,
+    ours: &[(&'static str, String)],
+) {
     let mut body = 0x0003_0000u32.to_be_bytes().to_vec();
     let fixed = [
         ("user", opening.user.as_str()),
         ("database", &opening.database),
         ("application_name", application_name),
     ];
+    let ours = ours.iter().map(|(name, value)| (*name, value.as_str()));
     let options = opening
         .options
         .iter()
@@ -295,6 +325,7 @@ fn put_startup(out: &mut Vec<u8>, opening: &Opening, application_name: &str) {
     for (name, value) in fixed
         .into_iter()
         .filter(|(name, value)| *name != "application_name" || !value.is_empty())
+        .chain(ours)
         .chain(options)
     {
         put_cstr(&mut body, name.as_bytes());

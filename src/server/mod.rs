@@ -6,5 +6,6 @@ pub(crate) mod conn;
 pub(crate) mod connect;
 pub(crate) mod control;
 pub(crate) mod parameters;
+pub(crate) mod questions;
 pub(crate) mod settings;
 pub(crate) mod tls;

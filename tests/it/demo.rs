@@ -206,9 +206,15 @@ async fn a_demo_told_to_stop_leaves_nothing_at_whatever_moment() {
         let mut demo = Demo::start(folder.path(), &[]);
         demo.read_to(Some(word));
         demo.signal(signal);
+        let rest = demo.read_to(None);
         let status = demo.ended().await;
         let number = u8::try_from(signal.as_raw()).unwrap();
-        assert_eq!(status.code(), Some(i32::from(128 + number)), "after {word}");
+        // Who only waits to be told so has nothing left to do.
+        let done = rest.contains(STAYS) && status.success();
+        assert!(
+            done || status.code() == Some(i32::from(128 + number)),
+            "after {word}: {status}\n{rest}"
+        );
     }
 }
 
@@ -278,13 +284,18 @@ async fn a_server_killed_during_a_demo_comes_back_and_the_run_goes_on() {
         fs::write(folder.path().join(format!("{n}.txt")), "pelican\n").unwrap();
     }
     for server in ["primary", "replica1"] {
-        let mut demo = Demo::start(folder.path(), &["--once", "--log", "off"]);
-        demo.read_to(Some("(400 tasks)"));
         let data = format!("/{server} ");
-        let server = processes_of(demo.temp.path())
-            .into_iter()
-            .find(|line| line.contains(&data))
-            .unwrap();
+        // A demo may be over before we have looked.
+        let mut tries = 0..10;
+        let (mut demo, server) = loop {
+            assert!(tries.next().is_some(), "no demo was still at work");
+            let mut demo = Demo::start(folder.path(), &["--once", "--log", "off"]);
+            demo.read_to(Some("(400 tasks)"));
+            let servers = processes_of(demo.temp.path());
+            if let Some(server) = servers.into_iter().find(|line| line.contains(&data)) {
+                break (demo, server);
+            }
+        };
         kill_server(&server);
         let output = demo.read_to(None);
         let status = demo.ended().await;

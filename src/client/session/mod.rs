@@ -39,7 +39,7 @@ use super::survey::Survey;
 use crate::cancel::CancelKey;
 use crate::classify::{Analysis, Effect, Feeds, RunRef, Worth};
 use crate::config::Reads;
-use crate::events::Subscriber;
+use crate::events::{Hub, Subscriber};
 use crate::pool::alarm::Alarm;
 use crate::pool::checkout::{Checkout, Member};
 use crate::pool::reset::{self, ResetError};
@@ -80,6 +80,8 @@ pub(super) struct Session {
     state: State,
     prepared: Prepared,
     subscriber: Option<Subscriber>,
+    /// Who is to know what this session commits, once it has.
+    hub: Option<Arc<Hub>>,
     /// Before this instant a replica's answer would be older than what the client has seen.
     seen_until: Instant,
     /// The replica that answered last, and when.
@@ -158,6 +160,8 @@ struct Transaction {
     heard: Overheard,
     /// The queues it may put messages into.
     feeds: Feeds,
+    /// It may have sent events.
+    tells: bool,
 }
 
 impl Transaction {
@@ -221,6 +225,7 @@ impl Session {
             application_name: login.application_name,
             prepared: Prepared::new(login.id),
             subscriber: None,
+            hub: None,
             seen_until: Instant::now(),
             last_replica: None,
             shared_floor: None,
@@ -271,6 +276,12 @@ impl Session {
     /// Gives back what the session holds. A transaction left open is rolled back; a query left running is cancelled.
     pub(super) async fn part(&mut self) {
         self.give_up_server().await;
+        if self.transaction.tells
+            && let Some(hub) = self.hub()
+        {
+            // What was under way may have been committed.
+            hub.committed();
+        }
         for member in self.pools.iter().flatten() {
             member.pool().disown(self.id);
         }
@@ -387,6 +398,7 @@ impl Session {
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
         self.request.worth = Worth::default();
+        self.transaction.tells = true;
         self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
     }
@@ -497,6 +509,9 @@ impl Session {
         self.note_subscriptions(effects);
         if consequences.settings_changed {
             self.adopt_settings(consequences);
+        }
+        if after == TxStatus::Idle || ending.chained {
+            self.tell(statements, ending);
         }
         if after == TxStatus::Idle {
             self.end_transaction(now).await?;

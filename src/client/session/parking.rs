@@ -103,8 +103,9 @@ enum Read {
 }
 
 impl Transaction {
-    /// A statement of it may put something into queues.
+    /// A statement of it may put something into queues, and send events.
     pub(super) fn note_feeds(&mut self, analysis: &Analysis) {
+        self.tells |= analysis.may_tell();
         if analysis.feeds != Feeds::Nothing {
             let so_far = std::mem::take(&mut self.feeds);
             self.feeds = so_far.and(&analysis.feeds);
@@ -300,8 +301,10 @@ impl Session {
                     }
                     Ok(Read::Failed) => {
                         park.forget(&poll.key);
-                        // Who waits for this one to find out shall hear what is wrong for themselves.
-                        park.let_all_in(&poll.name, number(&poll.key));
+                        if !self.was_interrupted() {
+                            // Who waits for this one to find out shall hear what is wrong for themselves.
+                            park.let_all_in(&poll.name, number(&poll.key));
+                        }
                         return Ok(Parked::Answered);
                     }
                     Err(error) => {
@@ -358,7 +361,9 @@ impl Session {
                             return Ok(Parked::Answered);
                         }
                         Read::Failed => {
-                            park.forget(&poll.key);
+                            if !self.was_interrupted() {
+                                park.forget(&poll.key);
+                            }
                             return Ok(Parked::Answered);
                         }
                         Read::Nothing(answer) => {
@@ -377,10 +382,26 @@ impl Session {
         self.answer_at_deadline(poll).await
     }
 
+    /// The error just told says nothing of the poll: it was cancelled, or its server ended. (errcodes-appendix.html, class 57)
+    fn was_interrupted(&self) -> bool {
+        self.exchange
+            .error
+            .is_some_and(|code| code.starts_with(b"57"))
+    }
+
     /// The empty answer. Where none is kept, Postgres is asked for it, in the last second.
     async fn answer_at_deadline(&mut self, poll: &Poll) -> Result<Parked, SessionError> {
         let park = Arc::clone(&self.shared.park);
-        if let Look::Kept(answer) = park.look_up(&poll.key) {
+        let slot = Arc::clone(&self.key.slot);
+        let wait = slot.wait();
+        // Polls that came together end together: were each to ask, all servers would be taken for as long as that takes.
+        let look = tokio::select! {
+            biased;
+            () = wait.cancelled() => return self.answer_cancelled(poll).await,
+            look = park.look_up_settled(&poll.key) => look,
+        };
+        drop(wait);
+        if let Look::Kept(answer) = look {
             park.counters.answered_empty.inc();
             return self.answer_empty(poll, &answer).await;
         }

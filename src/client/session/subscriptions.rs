@@ -2,19 +2,24 @@
 //! `waiting.rs`'s. Called by `mod.rs`, `servers.rs` and `batches.rs`.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
-use super::{Session, server_lost};
+use super::{PRIMARY, Session, server_lost};
 use crate::classify::Effect;
-use crate::client::error::SessionError;
+use crate::client::error::{SessionError, no_server};
 use crate::client::reply;
-use crate::events::{Delivery, EventsError, Subscriber};
-use crate::pgflow::events::truncate_identifier;
+use crate::client::state::Ending;
+use crate::config::Wake;
+use crate::events::{Delivery, EventsError, Hub, Subscriber};
+use crate::pgflow::events::{tells_of_runs, truncate_identifier};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
 use crate::server::conn::Heard;
+use crate::server::questions::Asker;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
 use crate::wire::messages::TxStatus;
@@ -31,9 +36,9 @@ impl Session {
         change: &Subscription,
     ) -> Result<(), SessionError> {
         self.skip(header.whole).await?;
-        match self.subscribe(change).await {
+        match self.subscribe(change).await? {
             Ok(tag) => reply::put_command(&mut self.client.output, tag),
-            Err(error) => return self.refuse(not_listening(&error), true).await,
+            Err(refused) => return self.refuse(refused, true).await,
         }
         self.shared.counters.answered_here.inc();
         Ok(self.client.flush().await?)
@@ -46,19 +51,35 @@ impl Session {
         change: &Subscription,
     ) -> Result<(), SessionError> {
         self.keep(len);
-        match self.subscribe(change).await {
+        match self.subscribe(change).await? {
             Ok(tag) => self.answer_kept_batch(tag).await,
-            Err(error) => self.refuse(not_listening(&error), true).await,
+            Err(refused) => self.refuse(refused, true).await,
         }
     }
 
     /// LISTEN or UNLISTEN outside a transaction: in force when this returns.
-    async fn subscribe(&mut self, change: &Subscription) -> Result<&'static str, EventsError> {
-        match change {
+    async fn subscribe(
+        &mut self,
+        change: &Subscription,
+    ) -> Result<Result<&'static str, ErrorResponse>, SessionError> {
+        Ok(match change {
             Subscription::Listen(channel) => {
-                let subscriber = self.subscriber();
-                subscriber.listen(channel).await?;
-                Ok("LISTEN")
+                let listening = if tells_of_runs(channel) {
+                    if self.asks_its_server()
+                        && let Err(error) = self.hold(PRIMARY).await
+                    {
+                        return Ok(Err(no_server(&error)));
+                    }
+                    let listening = Box::pin(self.listen_to_runs(channel)).await;
+                    self.let_go().await;
+                    listening?
+                } else {
+                    self.subscriber().listen(channel).await
+                };
+                match listening {
+                    Ok(()) => Ok("LISTEN"),
+                    Err(error) => Err(not_listening(&error)),
+                }
             }
             Subscription::Unlisten(channel) => {
                 if let Some(subscriber) = &self.subscriber {
@@ -72,7 +93,89 @@ impl Session {
                 }
                 Ok("UNLISTEN")
             }
+        })
+    }
+
+    /// Whether who it is, as far as policies care, is for a server to say: the role may have been set, or something they read.
+    fn asks_its_server(&self) -> bool {
+        let settings = &self.state.settings;
+        let plain = settings.keeps_roles()
+            && !settings.names().any(|name| name.contains('.'))
+            && self.state.pins.is_empty()
+            && !self.state.hides
+            && self.opening.options.iter().all(|(name, _)| {
+                !name.eq_ignore_ascii_case("options")
+                    && !name.eq_ignore_ascii_case("role")
+                    && !name.contains('.')
+            });
+        !plain
+    }
+
+    /// A channel that tells of runs, as whoever the session is now; on the server in hand that is asked for it, if need be.
+    async fn listen_to_runs(
+        &mut self,
+        channel: &str,
+    ) -> Result<Result<(), EventsError>, SessionError> {
+        let asker = Arc::new(self.asker().await?);
+        Ok(self.subscriber().listen_as(channel, &asker).await)
+    }
+
+    async fn asker(&mut self) -> Result<Asker, SessionError> {
+        let user = self.opening.user.clone();
+        if !self.asks_its_server() {
+            return Ok(Asker::new(user, Vec::new()));
         }
+        let Some(lease) = self.lease.as_mut() else {
+            return Ok(Asker::new(user, Vec::new()));
+        };
+        let set = self.state.settings.names().map(str::to_owned);
+        let opened = self.opening.options.iter();
+        let mut names: Vec<String> = set
+            .chain(opened.map(|(name, _)| name.to_ascii_lowercase()))
+            .filter(|name| name.contains('.'))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        let values: String = names
+            .iter()
+            .map(|name| {
+                format!(
+                    ", pg_catalog.current_setting({}, true)",
+                    quote::literal(name)
+                )
+            })
+            .collect();
+        let sql = format!(
+            "select coalesce(v, '') from unnest(array[current_user{values}]::text[]) with ordinality as t (v, n) order by n"
+        );
+        let answer = reset::command(lease, &sql).await.map_err(server_lost)?;
+        let mut answer = answer.into_iter();
+        let role = answer.next().unwrap_or(user);
+        Ok(Asker::new(role, names.into_iter().zip(answer).collect()))
+    }
+
+    /// A server that was only to be asked something goes back.
+    async fn let_go(&mut self) {
+        if self.lease.is_none() {
+            return;
+        }
+        let now = Instant::now();
+        self.tally.ended(now, true, &self.client);
+        self.close_books();
+        if self.state.pins.is_empty() {
+            self.check_in(now).await;
+        }
+    }
+
+    /// What a committed transaction listens to.
+    async fn listen_committed(
+        &mut self,
+        channel: &str,
+    ) -> Result<Result<(), EventsError>, SessionError> {
+        if tells_of_runs(channel) {
+            return Box::pin(self.listen_to_runs(channel)).await;
+        }
+        Ok(self.subscriber().listen(channel).await)
     }
 
     /// A server on which a transaction may begin that listens to something, or asks what is listened to, has to listen to what
@@ -167,18 +270,8 @@ impl Session {
         for channel in &joined {
             let mut long = long_names.iter();
             let long = long.find(|name| truncate_identifier(name) == channel);
-            let listening = self.subscriber().listen(long.unwrap_or(channel)).await;
-            match listening {
-                Ok(()) => {}
-                // Too late for an error: the transaction is committed.
-                Err(EventsError::BadCursor) => {
-                    ErrorResponse::notice(format!(
-                        "not listening to \"{channel}\": invalid cursor"
-                    ))
-                    .put(&mut self.client.output);
-                }
-                Err(error) => return Err(SessionError::Cut(error.to_string())),
-            }
+            let listening = self.listen_committed(long.unwrap_or(channel)).await?;
+            self.note_unheard(channel, listening)?;
         }
         if let (false, Some(lease)) = (joined.is_empty(), self.lease.as_mut()) {
             // What the hub was told before it had joined, the server may not have been told yet: whoever commits a notification
@@ -206,12 +299,29 @@ impl Session {
     /// What the server listens to by code that nobody saw, the hub does from now on.
     pub(super) async fn adopt_channels(&mut self, channels: &[String]) -> Result<(), SessionError> {
         for channel in channels {
-            let listening = self.subscriber().listen(channel).await;
-            listening.map_err(|error| SessionError::Cut(error.to_string()))?;
+            let listening = self.listen_committed(channel).await?;
+            self.note_unheard(channel, listening)?;
         }
         if !channels.is_empty() {
             self.hush_server().await?;
         }
+        Ok(())
+    }
+
+    /// Too late for an error: the transaction is committed.
+    fn note_unheard(
+        &mut self,
+        channel: &str,
+        listening: Result<(), EventsError>,
+    ) -> Result<(), SessionError> {
+        let why = match listening {
+            Ok(()) => return Ok(()),
+            Err(EventsError::BadCursor) => "invalid cursor",
+            Err(EventsError::Denied { .. } | EventsError::Unproven { .. }) => "permission denied",
+            Err(error) => return Err(SessionError::Cut(error.to_string())),
+        };
+        ErrorResponse::notice(format!("not listening to \"{channel}\": {why}"))
+            .put(&mut self.client.output);
         Ok(())
     }
 
@@ -267,6 +377,33 @@ impl Session {
         self.put_deliveries(last).await
     }
 
+    /// A transaction has ended: those who read the outbox shall know, unless it was plainly rolled back.
+    pub(super) fn tell(&mut self, statements: usize, ending: Ending) {
+        let told = std::mem::take(&mut self.transaction.tells);
+        // One of several statements may have committed before another failed, and so may a procedure.
+        let undone =
+            statements == 1 && (ending.rolled_back || ending.failed && !self.state.ran_opaque());
+        if told
+            && !undone
+            && self.replica.is_none()
+            && let Some(hub) = self.hub()
+        {
+            hub.committed();
+        }
+    }
+
+    /// `None`: it is told of commits by Postgres alone.
+    pub(super) fn hub(&mut self) -> Option<&Arc<Hub>> {
+        if self.live.config.events.wake == Wake::Notify {
+            return None;
+        }
+        let (shared, opening) = (&self.shared, &self.opening);
+        Some(
+            self.hub
+                .get_or_insert_with(|| shared.hubs.of_database(&opening.database)),
+        )
+    }
+
     fn subscriber(&mut self) -> &Subscriber {
         let (shared, opening) = (&self.shared, &self.opening);
         self.subscriber
@@ -282,6 +419,26 @@ fn not_listening(error: &EventsError) -> ErrorResponse {
         EventsError::TooManyChannels { limit } => {
             ErrorResponse::error("53400", "too many channels")
                 .with_detail(format!("One session may listen on {limit}."))
+        }
+        EventsError::Denied {
+            role,
+            channel,
+            one_run,
+        } => {
+            let message = if *one_run { "permission denied for run" } else { "permission denied for runs" };
+            let needed = if *one_run {
+                "It needs EXECUTE on function pgflow.get_run_with_states, or the right to SELECT the run's row of pgflow.runs."
+            } else {
+                "It needs SELECT on pgflow.runs."
+            };
+            ErrorResponse::error("42501", message)
+                .with_detail(format!("Role \"{role}\" may not see what \"{channel}\" tells of."))
+                .with_hint(needed)
+        }
+        EventsError::Unproven { role, why } => {
+            ErrorResponse::error("42501", "permission denied for runs")
+                .with_detail(format!("What role \"{role}\" may see cannot be asked: {why}."))
+                .with_hint("Policies of pgflow.runs are asked in its name: grant it to the control role, and SELECT on pgflow.runs.")
         }
         EventsError::Cut | EventsError::Stopping => {
             ErrorResponse::error("57P01", "the subscription has ended")

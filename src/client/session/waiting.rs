@@ -33,10 +33,11 @@ impl Session {
     /// The next unit at the front of the client's input. While waiting: notifications go out, a held server's words are
     /// passed on, a shutdown ends the session between transactions.
     pub(super) async fn next_unit(&mut self) -> Result<Unit, SessionError> {
-        if self.standing.has_changed().unwrap_or(false) {
-            self.adopt_standing();
-        }
         loop {
+            // Asked before each look at what the client said: what came with it may have been told first.
+            if self.standing.has_changed().unwrap_or(false) {
+                self.adopt_standing();
+            }
             let needed = match self.grouping.next(self.client.input.bytes())? {
                 Unit::Incomplete { needed } => needed,
                 unit => return Ok(unit),
@@ -67,7 +68,7 @@ impl Session {
             match woken {
                 Woken::Client(0) => return Err(client_gone()),
                 Woken::Client(_) => {}
-                Woken::Told => self.adopt_standing(),
+                Woken::Told => {}
                 Woken::Delivery(delivery) => self.deliver(delivery).await?,
                 Woken::Server(count) => self.hear_server(count).await?,
             }

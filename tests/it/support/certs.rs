@@ -128,7 +128,8 @@ pub(crate) async fn tls_cluster(
         );
         admin.batch_execute(&copy).await.unwrap();
     }
-    let mode = format!("copy (select 1) to program 'chmod 600 \"{data}/server.key\"'");
+    let mode =
+        format!("copy (select 1) to program 'cat >/dev/null; chmod 600 \"{data}/server.key\"'");
     admin.batch_execute(&mode).await.unwrap();
     if authority.is_some() {
         admin

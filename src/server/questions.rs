@@ -1,5 +1,6 @@
 //! A small pool of the control role's connections, and the one way to ask something there as somebody else: one transaction, one
-//! round trip, the role and its claims set for that transaction alone. Knows no HTTP; called by the surfaces of `http`.
+//! round trip, the role and its settings set for that transaction alone. Knows neither HTTP nor events; called by `events/sight`
+//! and the surfaces of `http`.
 //!
 //! INVARIANT: a connection goes back only after its transaction has ended in a way we have seen. Dropping a question half-way
 //! closes it, so that nobody is ever answered under another's role.
@@ -9,18 +10,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
+use ring::digest;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::identity::Identity;
+use super::control::{dial, words};
 use crate::config::ConnectUrl;
-use crate::metrics::{Counter, Registry};
-use crate::server::control::{dial, words};
+use crate::metrics::Counter;
 use crate::wire::quote::{ident, literal};
 
-const APPLICATION: &str = "flowgate http";
 /// What a question may take in Postgres.
 const STATEMENT_MAX: &str = "15s";
 /// And before we stop waiting for an upstream that says nothing at all.
@@ -29,8 +29,38 @@ const SILENCE_MAX: Duration = Duration::from_secs(20);
 const BEFORE: &str = "flowgate_before";
 const SET: &str = "flowgate_set";
 
-pub(super) struct Database {
+/// As whom something is asked: a role, and the settings that its policies may read.
+#[derive(Debug)]
+pub(crate) struct Asker {
+    pub(crate) role: String,
+    pub(crate) settings: Vec<(String, String)>,
+    /// The same for the same role and settings, and for nobody else.
+    pub(crate) print: [u8; 32],
+}
+
+impl Asker {
+    pub(crate) fn new(role: String, settings: Vec<(String, String)>) -> Self {
+        let mut all = digest::Context::new(&digest::SHA256);
+        let both = settings
+            .iter()
+            .flat_map(|(name, value)| [name.as_str(), value.as_str()]);
+        for word in std::iter::once(role.as_str()).chain(both) {
+            all.update(&word.len().to_be_bytes());
+            all.update(word.as_bytes());
+        }
+        let mut print = [0; 32];
+        print.copy_from_slice(all.finish().as_ref());
+        Self {
+            role,
+            settings,
+            print,
+        }
+    }
+}
+
+pub(crate) struct Database {
     url: ConnectUrl,
+    application: &'static str,
     wait: Duration,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Kept>>,
@@ -38,39 +68,39 @@ pub(super) struct Database {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
+pub(crate) enum Access {
     /// One snapshot for all of it.
     Read,
     Write,
 }
 
 /// What is asked. `sql` gives the answer's rows; all values in it are quoted by whoever wrote it.
-pub(super) struct Question<'a> {
+pub(crate) struct Question<'a> {
     /// `None`: the control role itself.
-    pub(super) identity: Option<&'a Identity>,
+    pub(crate) asker: Option<&'a Asker>,
     /// A query of one row and column named `flowgate_before`, as the control role.
-    pub(super) before: &'a str,
+    pub(crate) before: &'a str,
     /// `request.method` and the like.
-    pub(super) settings: &'a [(&'a str, &'a str)],
-    pub(super) access: Access,
-    pub(super) sql: &'a str,
+    pub(crate) settings: &'a [(&'a str, &'a str)],
+    pub(crate) access: Access,
+    pub(crate) sql: &'a str,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Answer {
-    pub(super) before: Option<String>,
-    pub(super) rows: Vec<Vec<Option<String>>>,
+pub(crate) struct Answer {
+    pub(crate) before: Option<String>,
+    pub(crate) rows: Vec<Vec<Option<String>>>,
 }
 
 impl Answer {
     /// The first column of the first row.
-    pub(super) fn single(self) -> Option<String> {
+    pub(crate) fn single(self) -> Option<String> {
         self.rows.into_iter().next()?.into_iter().next()?
     }
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
-pub(super) enum DbError {
+pub(crate) enum DbError {
     #[error("no database connection within {0:?}")]
     Busy(Duration),
     #[error("the database cannot be reached: {0}")]
@@ -116,24 +146,33 @@ impl Drop for Lease {
 }
 
 impl Database {
-    pub(super) fn new(url: ConnectUrl, size: usize, wait: Duration, registry: &Registry) -> Self {
+    /// No more than `size` connections; who finds none free within `wait` is told so, and counted.
+    pub(crate) fn new(
+        url: ConnectUrl,
+        application: &'static str,
+        size: usize,
+        wait: Duration,
+        refused: Arc<Counter>,
+    ) -> Self {
         Self {
             url,
+            application,
             wait,
             permits: Arc::new(Semaphore::new(size)),
             idle: Mutex::default(),
-            refused: registry.counter(
-                "flowgate_http_database_refused_total",
-                "HTTP requests that got no database connection in time",
-                &[],
-            ),
+            refused,
         }
     }
 
+    /// Keeps no connection open that nobody uses.
+    pub(crate) fn rest(&self) {
+        self.idle().clear();
+    }
+
     /// As the control role.
-    pub(super) async fn ask_ourselves(&self, sql: &str) -> Result<Answer, DbError> {
+    pub(crate) async fn ask_ourselves(&self, sql: &str) -> Result<Answer, DbError> {
         self.ask(&Question {
-            identity: None,
+            asker: None,
             before: "",
             settings: &[],
             access: Access::Read,
@@ -143,22 +182,22 @@ impl Database {
     }
 
     /// What only reads is asked once more if a kept connection turns out to be dead.
-    pub(super) async fn ask(&self, question: &Question<'_>) -> Result<Answer, DbError> {
+    pub(crate) async fn ask(&self, question: &Question<'_>) -> Result<Answer, DbError> {
         // On the heap: streams wait by the thousand, and each would have room in it for all that dialling takes.
         Box::pin(self.asked(question)).await
     }
 
     async fn asked(&self, question: &Question<'_>) -> Result<Answer, DbError> {
         // Quoted or not, SET ROLE takes that word for the login role itself. (sql-set-role.html)
-        if let Some(identity) = question.identity.filter(|identity| identity.role == "none") {
-            let role = &identity.role;
+        if let Some(asker) = question.asker.filter(|asker| asker.role == "none") {
+            let role = &asker.role;
             return Err(DbError::Role(format!("role \"{role}\" cannot be taken")));
         }
         let script = script(question);
         loop {
             let lease = self.lease().await?;
             let again = !lease.fresh && question.access == Access::Read;
-            match self.run(lease, &script, question.identity.is_some()).await {
+            match self.run(lease, &script, question.asker.is_some()).await {
                 Err(DbError::Unreachable(_)) if again => {}
                 other => return other,
             }
@@ -185,7 +224,7 @@ impl Database {
                 None => break,
             }
         }
-        let (client, connection) = dial(&self.url, APPLICATION, self.wait)
+        let (client, connection) = dial(&self.url, self.application, self.wait)
             .await
             .map_err(|error| DbError::Unreachable(words(&error)))?;
         // Ends with its client.
@@ -248,13 +287,14 @@ fn script(question: &Question<'_>) -> String {
         script += question.before;
         script += "; ";
     }
-    if let Some(identity) = question.identity {
+    if let Some(asker) = question.asker {
         script += &format!(
-            "set local role {}; select set_config('request.jwt.claims', {}, true) as {SET}",
-            ident(&identity.role),
-            literal(&identity.claims)
+            "set local role {}; select true as {SET}",
+            ident(&asker.role)
         );
-        for (name, value) in question.settings {
+        let own = asker.settings.iter();
+        let own = own.map(|(name, value)| (name.as_str(), value.as_str()));
+        for (name, value) in own.chain(question.settings.iter().copied()) {
             script += &format!(", set_config({}, {}, true)", literal(name), literal(value));
         }
         script += "; set local search_path = 'pgflow', 'public'; ";
