@@ -39,6 +39,8 @@ pub(crate) enum Plan {
     Park,
     /// To the primary, on a server of the pool.
     Primary,
+    /// Nowhere: an EXPLAIN (FLOWGATE) of what begins there in its text.
+    Explain(usize),
 }
 
 /// One change of what a session listens to. Names as in SQL, unquoted and folded; `pgflow::events` reads them.
@@ -50,6 +52,9 @@ pub(crate) enum Subscription {
 }
 
 pub(crate) fn plan(analysis: &Analysis, session: SessionView, settings: RouteSettings) -> Plan {
+    if let Some(at) = analysis.explains {
+        return Plan::Explain(at);
+    }
     match session {
         SessionView::Transaction => Plan::Held,
         SessionView::Pinned => subscription(analysis).map_or(Plan::Held, Plan::Subscribe),
@@ -84,7 +89,8 @@ fn is_poll(analysis: &Analysis) -> bool {
 }
 
 fn read(analysis: &Analysis, settings: RouteSettings) -> Option<RunRef> {
-    if settings.reads == Reads::Off || settings.consistency == Consistency::Primary {
+    let kept = settings.reads == Reads::Off || settings.consistency == Consistency::Primary;
+    if kept || analysis.refused.is_known() {
         return None;
     }
     match analysis.class {
@@ -136,6 +142,16 @@ mod tests {
         check("select * from pgflow.poll_for_tasks($1, 2, 3)", "Primary");
         check(&format!("{READ}; {READ}"), "Primary");
         check(&format!("set work_mem = '1MB'; {READ}"), "Primary");
+        check(&format!("explain (flowgate) {READ}"), "Explain(18)");
+    }
+
+    #[test]
+    fn what_a_replica_refused_is_not_sent_to_one_again() {
+        let analysis = Classifier::new(Reads::Pgflow, 1 << 20, 1).analyse(READ.as_bytes());
+        let ask = || plan(&analysis, SessionView::Free, SETTINGS);
+        assert_eq!(ask(), Plan::Read(RunRef::Param(1)));
+        analysis.refused.note();
+        assert_eq!(ask(), Plan::Primary);
     }
 
     #[test]

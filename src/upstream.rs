@@ -1,7 +1,8 @@
 //! A configured Postgres: its name, its role, its health and lag as last seen. Decides nothing: `pool/probe.rs` writes
 //! what it sees here, routing, metrics and the console read it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::config::ConnectUrl;
 
@@ -27,6 +28,8 @@ pub(crate) struct Upstream {
     /// Primary: insert position. Replica: replayed position. 0: never seen.
     lsn: AtomicU64,
     lag_bytes: AtomicU64,
+    /// Reads under way there.
+    reading: AtomicU32,
 }
 
 impl Upstream {
@@ -43,7 +46,18 @@ impl Upstream {
             healthy: AtomicBool::new(false),
             lsn: AtomicU64::new(0),
             lag_bytes: AtomicU64::new(0),
+            reading: AtomicU32::new(0),
         }
+    }
+
+    /// One read more is under way there, until what this returns is dropped.
+    pub(crate) fn read_begins(self: &Arc<Self>) -> Reading {
+        self.reading.fetch_add(1, Ordering::Relaxed);
+        Reading(Arc::clone(self))
+    }
+
+    pub(crate) fn reading(&self) -> u32 {
+        self.reading.load(Ordering::Relaxed)
     }
 
     /// In rotation: reachable, in the role it is configured for, and of the primary's history.
@@ -71,5 +85,15 @@ impl Upstream {
 
     pub(crate) fn set_lag_bytes(&self, bytes: u64) {
         self.lag_bytes.store(bytes, Ordering::Relaxed);
+    }
+}
+
+/// A read under way at a replica.
+#[derive(Debug)]
+pub(crate) struct Reading(Arc<Upstream>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.reading.fetch_sub(1, Ordering::Relaxed);
     }
 }

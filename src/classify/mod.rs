@@ -23,9 +23,10 @@ use crate::config::Reads;
 use crate::pgflow::functions;
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use lexer::{Kind, Lexer, Token};
-use memchr::memchr;
+use memchr::{memchr, memmem};
 use memo::Memo;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 pub(crate) use self::effects::together;
@@ -42,6 +43,36 @@ pub(crate) struct Analysis {
     pub(crate) flow: Arg,
     /// The queues it may put messages into, or make messages of visible.
     pub(crate) feeds: Feeds,
+    /// `EXPLAIN (FLOWGATE)`: where in the text the statement begins that it asks about.
+    pub(crate) explains: Option<usize>,
+    pub(crate) refused: Refused,
+}
+
+/// A replica has refused this text as a write, which no text can tell of what it calls: no replica is asked again, as long as
+/// the text is remembered.
+#[derive(Debug, Default)]
+pub(crate) struct Refused(AtomicBool);
+
+impl Refused {
+    pub(crate) fn note(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_known(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Clone for Refused {
+    fn clone(&self) -> Self {
+        Self(self.is_known().into())
+    }
+}
+
+impl PartialEq for Refused {
+    fn eq(&self, other: &Self) -> bool {
+        self.is_known() == other.is_known()
+    }
 }
 
 /// Queues in which there may be something to read once a statement has committed.
@@ -73,6 +104,8 @@ impl Analysis {
             statements: 1,
             flow: Arg::Absent,
             feeds: Feeds::Nothing,
+            explains: None,
+            refused: Refused::default(),
         })
     }
 
@@ -84,6 +117,8 @@ impl Analysis {
             statements: 1,
             flow: Arg::Absent,
             feeds: Feeds::Nothing,
+            explains: None,
+            refused: Refused::default(),
         })
     }
 
@@ -369,6 +404,7 @@ impl Classifier {
                 "replication_",
                 "set_limit",
                 "dblink",
+                "flowgate",
                 "u&\"",
             ])
             .expect("a few short patterns");
@@ -379,6 +415,8 @@ impl Classifier {
                 statements,
                 flow: Arg::Absent,
                 feeds: Feeds::Nothing,
+                explains: None,
+                refused: Refused::default(),
             })
         };
         Self {
@@ -532,16 +570,21 @@ fn analyse(text: &[u8], reads: Reads) -> Analysis {
         // More than we look at: it may hide anything.
         found.push(Effect::Unfollowed);
     }
+    let hint = Hint::of(text);
     let (class, flow) = match split.statements.as_slice() {
         [only]
             if text.len() <= SQL_BYTES_MAX && !split.odd && std::str::from_utf8(text).is_ok() =>
         {
-            class(text, only, reads)
+            class(text, only, Hint::widens(hint, reads))
         }
         _ => (StatementClass::Other, Arg::Absent),
     };
     // A read that also did something to its session would have to do it on the primary.
     let class = match class {
+        StatementClass::Read(_) if hint == Some(Hint::Primary) => {
+            found.clear();
+            StatementClass::Other
+        }
         StatementClass::Read(_)
             if found
                 .iter()
@@ -567,7 +610,64 @@ fn analyse(text: &[u8], reads: Reads) -> Analysis {
         statements: split.statements.len(),
         flow,
         feeds,
+        explains: explains(text, &split.statements),
+        refused: Refused::default(),
     }
+}
+
+/// What a comment before or behind the statement asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hint {
+    /// `/* flowgate: primary */`: never a replica.
+    Primary,
+    /// `/* flowgate: replica */`: a replica, if this is provably a read, whatever it reads.
+    Replica,
+}
+
+impl Hint {
+    fn of(text: &[u8]) -> Option<Self> {
+        let text = text.trim_ascii();
+        let leading = text.strip_prefix(b"/*").and_then(|rest| {
+            let end = memmem::find(rest, b"*/")?;
+            Self::says(&rest[..end])
+        });
+        leading.or_else(|| {
+            let text = text.strip_suffix(b";").unwrap_or(text).trim_ascii_end();
+            let rest = text.strip_suffix(b"*/")?;
+            let start = memmem::rfind(rest, b"/*")?;
+            Self::says(&rest[start + 2..])
+        })
+    }
+
+    fn says(comment: &[u8]) -> Option<Self> {
+        let word = comment.trim_ascii().strip_prefix(b"flowgate:")?;
+        match word.trim_ascii() {
+            b"primary" => Some(Self::Primary),
+            b"replica" => Some(Self::Replica),
+            _ => None,
+        }
+    }
+
+    /// What counts as a read of that statement.
+    fn widens(hint: Option<Self>, reads: Reads) -> Reads {
+        match (hint, reads) {
+            (Some(Self::Replica), Reads::Pgflow) => Reads::All,
+            (_, reads) => reads,
+        }
+    }
+}
+
+/// `EXPLAIN (FLOWGATE) <one statement>`.
+fn explains(text: &[u8], statements: &[Vec<Token>]) -> Option<usize> {
+    let [tokens] = statements else { return None };
+    let [explain, open, flowgate, close, _asked, ..] = tokens.as_slice() else {
+        return None;
+    };
+    let ours = explain.is_word(text, "explain")
+        && open.is(b'(')
+        && flowgate.is_word(text, "flowgate")
+        && close.is(b')');
+    ours.then_some(close.end)
 }
 
 fn class(text: &[u8], tokens: &[Token], reads: Reads) -> (StatementClass, Arg) {

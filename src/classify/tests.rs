@@ -77,6 +77,52 @@ fn a_call_of_get_run_with_states_is_a_read_of_its_run() {
 }
 
 #[test]
+fn a_comment_may_ask_for_the_primary_or_for_a_replica() {
+    let read = "select pgflow.get_run_with_states($1)";
+    check(&format!("/* flowgate: primary */ {read}"), "Other");
+    check(&format!("{read} /*flowgate:primary*/ ;"), "Other");
+    check(&format!("{read} -- flowgate: primary"), "Read(Param(1))");
+    check(
+        &format!("/* flowgate: whatever */ {read}"),
+        "Read(Param(1))",
+    );
+    check(&format!("/* flowgate: replica */ {read}"), "Read(Param(1))");
+    check("/* flowgate: replica */ select * from notes", "Read(All)");
+    check("select * from notes /* flowgate: replica */", "Read(All)");
+    check("select * from notes", "Other");
+    for write in [
+        "delete from notes",
+        "select * from notes for update",
+        "select liar()",
+        "select 1; select 2",
+        "select pgflow.start_flow('a', '{}')",
+    ] {
+        never_a_read(&format!("/* flowgate: replica */ {write}"));
+        never_a_read(&format!("{write} /* flowgate: replica */"));
+    }
+}
+
+#[test]
+fn what_is_to_be_explained_is_found() {
+    let explains = |text: &str| {
+        let analysis = Classifier::new(Reads::Pgflow, 1 << 20, 1).analyse(text.as_bytes());
+        assert_eq!(analysis.class, StatementClass::Other);
+        analysis.explains.map(|at| text[at..].to_owned())
+    };
+    let asked = explains("EXPLAIN ( Flowgate ) /* c */ select 1 from t");
+    assert_eq!(asked.as_deref(), Some(" /* c */ select 1 from t"));
+    for other in [
+        "explain select 1",
+        "explain (analyze) select 'flowgate'",
+        "explain (flowgate)",
+        "explain (flowgate) select 1; select 2",
+        "explain (flowgate, analyze) select 1",
+    ] {
+        assert_eq!(explains(other), None, "{other}");
+    }
+}
+
+#[test]
 fn plain_selects_on_pgflow_tables_are_reads() {
     check(
         "SELECT input FROM pgflow.runs WHERE run_id = $1",

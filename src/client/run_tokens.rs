@@ -149,6 +149,16 @@ impl RunTokens {
         }
     }
 
+    /// Whether this one run is being written to. A replica may show a commit a moment before the primary does, to whoever
+    /// asks it then; so until the commit is acknowledged it is not asked.
+    pub(crate) fn is_being_written(&self, run: RunRef) -> bool {
+        let RunRef::Literal(id) = run else {
+            return false;
+        };
+        let state = self.lock();
+        state.runs.get(&id).is_some_and(|token| token.writing > 0)
+    }
+
     /// The runs remembered: from when on reads of them must be fresh, and how many writes are under way.
     pub(crate) fn report(&self) -> Vec<(Uuid, Instant, u32)> {
         let state = self.lock();
@@ -242,6 +252,9 @@ mod tests {
         assert_eq!(tokens.since(RunRef::Literal(one)), now);
         assert_eq!(tokens.since(RunRef::All), now);
         assert_eq!(tokens.since(RunRef::Literal(two)), start);
+        let written = [RunRef::Literal(one), RunRef::Literal(two), RunRef::All];
+        let written = written.map(|run| tokens.is_being_written(run));
+        assert_eq!(written, [true, false, false]);
         drop(writing);
         assert_eq!(tokens.since(RunRef::Literal(one)), Instant::now());
         assert_eq!(tokens.since(RunRef::Literal(two)), start);

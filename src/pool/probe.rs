@@ -34,6 +34,9 @@ const SPACING: Duration = Duration::from_millis(2);
 const HEALTH: Duration = Duration::from_secs(1);
 /// A replica goes on being polled so long after somebody looked for it and found it behind.
 const INTEREST: Duration = Duration::from_millis(100);
+/// A session stays with the replica it knows until that has twice as many reads under way as the least busy, and so many more:
+/// another has to be shown to be no older first.
+const AFFINITY: u32 = 4;
 const ANSWER_WAIT: Duration = Duration::from_secs(3);
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
@@ -107,6 +110,35 @@ impl Freshness {
             }
         }
     }
+
+    /// Whether what was seen of a replica holds for a connection to it that has been open since `opened`. One that crashed
+    /// begins again behind what it had shown before, so only what was sampled after the connection was there is said of
+    /// the same life. Waits for such a sample, `wait` at most.
+    pub(crate) async fn still_fresh(
+        &self,
+        replica: usize,
+        since: Instant,
+        opened: Instant,
+        wait: Duration,
+    ) -> bool {
+        let deadline = Instant::now() + wait;
+        loop {
+            let mut news = pin!(self.shared.news.notified());
+            news.as_mut().enable();
+            match self.shared.window().vouches(replica, since, opened) {
+                Verdict::Fresh(_) => return true,
+                Verdict::Primary => return false,
+                Verdict::Wait => {}
+            }
+            let Some(sampler) = self.shared.sample_replica.get(replica) else {
+                return false;
+            };
+            sampler.notify_one();
+            if timeout_at(deadline, news).await.is_err() {
+                return false;
+            }
+        }
+    }
 }
 
 impl Shared {
@@ -118,7 +150,8 @@ impl Shared {
     fn ask(&self, since: Instant, prefer: Option<usize>, deadline: Instant) -> Verdict {
         let now = Instant::now();
         let mut window = self.window();
-        let verdict = window.decide(since, prefer, now, deadline);
+        let load = |replica: usize| self.replicas[replica].reading();
+        let verdict = window.decide(since, prefer, load, now, deadline);
         let (primary, replicas) = (window.wants_primary(), window.wants_replicas(now));
         drop(window);
         if verdict == Verdict::Wait {
@@ -171,6 +204,16 @@ struct Sample {
 struct Replica {
     in_rotation: bool,
     replayed: u64,
+    /// When the query that saw that was sent, and the first one over the same connection; `None`: never.
+    asked: Option<Instant>,
+    born: Option<Instant>,
+}
+
+impl Replica {
+    /// After a crash a replica begins again behind what it had shown. Whatever that was, the primary had it by then.
+    fn since(&self, since: Instant) -> Instant {
+        self.born.map_or(since, |born| born.max(since))
+    }
 }
 
 /// Whose WAL positions these are. Parts that the control role may not see are empty and match anything.
@@ -208,10 +251,16 @@ impl Window {
             .copied()
     }
 
+    fn has_replayed(&self, replica: &Replica, since: Instant) -> bool {
+        let need = self.covering(replica.since(since));
+        replica.in_rotation && need.is_some_and(|need| replica.replayed >= need.lsn)
+    }
+
     fn decide(
         &mut self,
         since: Instant,
         prefer: Option<usize>,
+        load: impl Fn(usize) -> u32,
         now: Instant,
         deadline: Instant,
     ) -> Verdict {
@@ -225,29 +274,56 @@ impl Window {
             self.wanted_since = self.wanted_since.max(Some(since));
             return Verdict::Wait;
         };
-        let is_fresh = |replica: &Replica| replica.in_rotation && replica.replayed >= need.lsn;
-        if let Some(preferred) =
-            prefer.filter(|&index| self.replicas.get(index).is_some_and(is_fresh))
-        {
-            return Verdict::Fresh(preferred);
-        }
+        let is_fresh = |replica: &Replica| self.has_replayed(replica, since);
+        // The least busy; among equals each in its turn.
         let count = self.replicas.len();
-        let next = (0..count)
+        let least = (0..count)
             .map(|step| (self.rotation + step) % count)
-            .find(|&index| is_fresh(&self.replicas[index]));
-        if let Some(next) = next {
-            self.rotation = (next + 1) % count;
-            return Verdict::Fresh(next);
+            .filter(|&index| is_fresh(&self.replicas[index]))
+            .min_by_key(|&index| load(index));
+        if let Some(least) = least {
+            let stays = |&preferred: &usize| {
+                let fresh = self.replicas.get(preferred).is_some_and(is_fresh);
+                fresh && load(preferred) <= load(least).saturating_mul(2) + AFFINITY
+            };
+            if let Some(preferred) = prefer.filter(stays) {
+                return Verdict::Fresh(preferred);
+            }
+            self.rotation = (least + 1) % count;
+            return Verdict::Fresh(least);
         }
         // Polled on even when hopeless now: it may catch up.
         self.wanted_lsn = self.wanted_lsn.max(need.lsn);
         self.wanted_until = Some(now + INTEREST);
         // What the primary wrote at `need.first` arrives as late as the replica is behind.
         let in_time = |replica: &Replica| {
-            replica.in_rotation && need.first + self.lag(replica, now) <= deadline
+            let known = self.covering(replica.since(since)).is_some() || !self.away;
+            replica.in_rotation && known && need.first + self.lag(replica, now) <= deadline
         };
-        if self.replicas.iter().any(in_time) {
+        let in_time = self.replicas.iter().any(in_time);
+        let born = self.replicas.iter().filter(|replica| replica.in_rotation);
+        let born = born.filter_map(|replica| replica.born).max();
+        if !self.away && born.is_some_and(|born| self.covering(born).is_none()) {
+            self.wanted_since = self.wanted_since.max(born);
+        }
+        if in_time {
             Verdict::Wait
+        } else {
+            Verdict::Primary
+        }
+    }
+
+    /// `Wait`: not yet known of the life that the connection belongs to.
+    fn vouches(&self, replica: usize, since: Instant, opened: Instant) -> Verdict {
+        let Some(replica_seen) = self.replicas.get(replica) else {
+            return Verdict::Primary;
+        };
+        if !replica_seen.in_rotation {
+            Verdict::Primary
+        } else if replica_seen.asked.is_none_or(|asked| asked < opened) {
+            Verdict::Wait
+        } else if self.has_replayed(replica_seen, since) {
+            Verdict::Fresh(replica)
         } else {
             Verdict::Primary
         }
@@ -329,7 +405,13 @@ impl Window {
     }
 
     /// `None`: agrees, and is in rotation. Else why it is out.
-    fn replayed(&mut self, index: usize, lsn: u64, identity: Option<&Identity>) -> Option<Outside> {
+    fn replayed(
+        &mut self,
+        index: usize,
+        asked: Instant,
+        lsn: u64,
+        identity: Option<&Identity>,
+    ) -> Option<Outside> {
         let outside = match (&self.primary, identity) {
             (None, _) => Some(Outside::PrimaryUnknown),
             (Some(primary), Some(identity)) if !primary.agrees_with(identity) => {
@@ -343,6 +425,8 @@ impl Window {
         self.replicas[index] = Replica {
             in_rotation: outside.is_none(),
             replayed: lsn,
+            asked: Some(asked),
+            born: self.replicas[index].born.or(Some(asked)),
         };
         outside
     }
@@ -521,7 +605,7 @@ async fn sample_replica(
         let (outside, latest) = {
             let mut window = shared.window();
             (
-                window.replayed(index, lsn, identity.as_ref()),
+                window.replayed(index, started, lsn, identity.as_ref()),
                 window.latest(),
             )
         };
@@ -557,13 +641,15 @@ async fn system_identifier(client: &Client) -> Result<String, ProbeError> {
     optional(one_row(client, "select system_identifier from pg_control_system()").await)
 }
 
-/// As of the last restartpoint, spelled as in a WAL file's name. After a failover it lags, and so the replica stays out
-/// until it is known to follow the new primary.
+/// Spelled as in a WAL file's name: the history it follows, as far as it has got. What streams to it is asked for only once it has
+/// been found to fork off behind what was replayed; where nothing streams, the last restartpoint tells, and that lags after a
+/// failover, so the replica stays out until it is known to follow the new primary.
 async fn replayed_timeline(client: &Client) -> Result<String, ProbeError> {
     optional(
         one_row(
             client,
-            "select lpad(upper(to_hex(timeline_id)), 8, '0') from pg_control_checkpoint()",
+            "select lpad(upper(to_hex(greatest((select timeline_id from pg_control_checkpoint()), \
+             (select received_tli from pg_stat_wal_receiver where status = 'streaming')))), 8, '0')",
         )
         .await,
     )
@@ -628,9 +714,17 @@ mod tests {
             window.sampled(start + MS(at), lsn);
         }
         for (index, &lsn) in replayed.iter().enumerate() {
-            assert_eq!(window.replayed(index, lsn, Some(&identity("1"))), None);
+            let asked = start;
+            assert_eq!(
+                window.replayed(index, asked, lsn, Some(&identity("1"))),
+                None
+            );
         }
         window
+    }
+
+    fn idle(_replica: usize) -> u32 {
+        0
     }
 
     #[track_caller]
@@ -646,7 +740,7 @@ mod tests {
         let mut window = window(start, samples, replayed);
         let now = start + MS(now);
         assert_eq!(
-            window.decide(start + MS(since), None, now, now + MS(wait)),
+            window.decide(start + MS(since), None, idle, now, now + MS(wait)),
             expected
         );
     }
@@ -683,7 +777,7 @@ mod tests {
     fn the_preferred_replica_is_taken_if_fresh_and_the_others_in_turn() {
         let start = Instant::now();
         let mut window = window(start, &[(0, 100)], &[100, 50, 100]);
-        let mut ask = |prefer| window.decide(start, prefer, start, start);
+        let mut ask = |prefer| window.decide(start, prefer, idle, start, start);
         assert_eq!(ask(Some(2)), Verdict::Fresh(2));
         assert_eq!(ask(Some(1)), Verdict::Fresh(0));
         assert_eq!(ask(None), Verdict::Fresh(2));
@@ -692,16 +786,63 @@ mod tests {
     }
 
     #[test]
+    fn the_least_busy_is_taken_and_one_that_is_known_is_kept_unless_it_is_much_busier() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100, 100, 50]);
+        let mut ask = |prefer, loads: [u32; 3]| {
+            window.decide(start, prefer, |replica| loads[replica], start, start)
+        };
+        assert_eq!(ask(None, [3, 1, 0]), Verdict::Fresh(1));
+        assert_eq!(ask(None, [1, 3, 0]), Verdict::Fresh(0));
+        assert_eq!(ask(Some(0), [2 + AFFINITY, 1, 0]), Verdict::Fresh(0));
+        assert_eq!(ask(Some(0), [3 + AFFINITY, 1, 0]), Verdict::Fresh(1));
+        assert_eq!(ask(Some(2), [9, 9, 0]), Verdict::Fresh(0));
+    }
+
+    #[test]
+    fn what_was_seen_of_a_replica_holds_for_connections_that_were_there() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100)], &[100]);
+        let asked = start + MS(10);
+        window.replayed(0, asked, 100, None);
+        assert_eq!(window.vouches(0, start, asked), Verdict::Fresh(0));
+        assert_eq!(window.vouches(0, start, asked + MS(1)), Verdict::Wait);
+        window.replayed(0, asked + MS(2), 90, None);
+        assert_eq!(window.vouches(0, start, asked + MS(1)), Verdict::Primary);
+        window.replica_lost(0);
+        assert_eq!(window.vouches(0, start, asked), Verdict::Primary);
+    }
+
+    #[test]
+    fn a_replica_that_begins_again_serves_once_it_has_what_it_may_have_shown_before() {
+        let start = Instant::now();
+        let mut window = window(start, &[(0, 100), (10, 200)], &[200]);
+        let ask = |window: &mut Window, now| {
+            let now = start + MS(now);
+            window.decide(start, None, idle, now, now + MS(20))
+        };
+        assert_eq!(ask(&mut window, 10), Verdict::Fresh(0));
+        window.replica_lost(0);
+        window.replayed(0, start + MS(20), 150, Some(&identity("1")));
+        assert_eq!(ask(&mut window, 20), Verdict::Wait);
+        assert!(window.wants_primary());
+        window.sampled(start + MS(21), 200);
+        assert_eq!(ask(&mut window, 21), Verdict::Wait);
+        window.replayed(0, start + MS(22), 200, None);
+        assert_eq!(ask(&mut window, 22), Verdict::Fresh(0));
+    }
+
+    #[test]
     fn without_the_primary_old_tokens_hold_and_new_ones_cannot_be_had() {
         let start = Instant::now();
         let mut window = window(start, &[(0, 100)], &[100]);
         window.primary_away();
         assert_eq!(
-            window.decide(start, None, start, start + MS(20)),
+            window.decide(start, None, idle, start, start + MS(20)),
             Verdict::Fresh(0)
         );
         assert_eq!(
-            window.decide(start + MS(1), None, start, start + MS(20)),
+            window.decide(start + MS(1), None, idle, start, start + MS(20)),
             Verdict::Primary
         );
         assert!(!window.wants_primary());
@@ -713,15 +854,19 @@ mod tests {
         let mut window = window(start, &[(0, 100)], &[500]);
         window.primary_known(identity("2"));
         window.sampled(start + MS(10), 120);
-        let ask = |window: &mut Window| window.decide(start, None, start + MS(10), start + MS(30));
+        let ask =
+            |window: &mut Window| window.decide(start, None, idle, start + MS(10), start + MS(30));
         assert_eq!(ask(&mut window), Verdict::Primary);
-        assert_eq!(window.replayed(0, 500, None), Some(Outside::Unverified));
         assert_eq!(
-            window.replayed(0, 500, Some(&identity("1"))),
+            window.replayed(0, start, 500, None),
+            Some(Outside::Unverified)
+        );
+        assert_eq!(
+            window.replayed(0, start, 500, Some(&identity("1"))),
             Some(Outside::OtherHistory)
         );
         assert_eq!(ask(&mut window), Verdict::Primary);
-        assert_eq!(window.replayed(0, 130, Some(&identity("2"))), None);
+        assert_eq!(window.replayed(0, start, 130, Some(&identity("2"))), None);
         assert_eq!(ask(&mut window), Verdict::Fresh(0));
     }
 

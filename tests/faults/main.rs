@@ -9,6 +9,7 @@
 mod bank;
 mod crowds;
 mod followers;
+mod freshness;
 mod handover;
 mod maintenance;
 mod pools;

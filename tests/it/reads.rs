@@ -247,6 +247,15 @@ async fn a_refusal_of_the_replica_never_reaches_the_client() {
     let direct = db.connect().await;
     let mut written = 0;
     let mut raw = proxy.raw().await;
+    let refused = || proxy.metric("flowgate_reads_kept_total{why=\"refused\"}");
+    wait_until("the replica was asked", PATIENCE, async || {
+        assert_eq!(text(&client, "select n from public.innocent").await, "7");
+        written += 1;
+        refused() > 0
+    })
+    .await;
+    // From then on it is known for what it is.
+    let refusals = refused();
     for _ in 0..5 {
         replica_catches_up().await;
         assert_eq!(text(&client, "select n from public.innocent").await, "7");
@@ -261,6 +270,123 @@ async fn a_refusal_of_the_replica_never_reaches_the_client() {
             written.to_string()
         );
     }
+    assert_eq!(refused(), refusals);
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_comment_sends_a_read_to_the_primary_or_to_a_replica() {
+    let db = fresh_database().await;
+    let proxy = ready(&db).await;
+    let client = proxy.connect().await;
+    let notes = "create table public.notes (n int); insert into public.notes values (7)";
+    client.batch_execute(notes).await.unwrap();
+    let sent = async |sql: &str| {
+        let before = proxy.requests("replica");
+        let answer = text(&client, sql).await;
+        (answer, proxy.requests("replica") > before)
+    };
+    let hinted = "/* flowgate: replica */ select n from public.notes";
+    wait_until("a table of one's own", PATIENCE, async || {
+        let (answer, replica) = sent(hinted).await;
+        assert_eq!(answer, "7");
+        replica
+    })
+    .await;
+    for _ in 0..20 {
+        let own = sent("select n from public.notes").await;
+        assert_eq!(own, ("7".to_owned(), false));
+        let kept = sent("select count(*) from pgflow.flows /* flowgate: primary */").await;
+        assert_eq!(kept, ("1".to_owned(), false));
+        let write = sent("/* flowgate: replica */ insert into public.notes values (8) returning n");
+        assert_eq!(write.await, ("8".to_owned(), false));
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn where_a_statement_would_go_is_explained_and_nothing_is_done() {
+    let db = fresh_database().await;
+    let proxy = ready(&db).await;
+    let client = proxy.connect().await;
+    let explain = async |sql: &str| {
+        let rows = client
+            .simple_query(&format!("explain (flowgate) {sql}"))
+            .await;
+        let rows = rows.unwrap();
+        let lines = rows.iter().filter_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => {
+                assert_eq!(row.columns()[0].name(), "QUERY PLAN");
+                Some(row.get(0).unwrap().to_owned())
+            }
+            _ => None,
+        });
+        lines.collect::<Vec<String>>().join("; ")
+    };
+    let run = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let read = format!("select pgflow.get_run_with_states('{run}')");
+    wait_until("the replica is fresh", PATIENCE, async || {
+        let said = explain(&read).await;
+        assert!(
+            said.starts_with(&format!("Statement: a read of run {run}; Goes to: ")),
+            "{said}"
+        );
+        assert!(
+            said.ends_with("Shared: with those who ask the same at the same time"),
+            "{said}"
+        );
+        said.contains("Goes to: replica-1, which is fresh enough; Fresh enough: has all")
+    })
+    .await;
+    for (sql, expected) in [
+        (
+            "select pgflow.start_flow('greet', '{}')",
+            "Statement: a start of a run; Goes to: primary, as it is not known to be a read",
+        ),
+        (
+            "select * from mine",
+            "Statement: not pgflow's, or not understood; Goes to: primary, as it is not known to be a read",
+        ),
+        (
+            "select * from pgflow.read_with_poll('greet', 1, 1)",
+            "Statement: a poll for work; Goes to: flowgate, until its queue may have something; then the primary",
+        ),
+        (
+            "listen a",
+            "Statement: not pgflow's, or not understood; Goes to: flowgate, which listens for its clients",
+        ),
+        (
+            "/* flowgate: primary */ table pgflow.flows",
+            "Statement: not pgflow's, or not understood; Goes to: primary, as it is not known to be a read",
+        ),
+    ] {
+        assert_eq!(explain(sql).await, expected, "{sql}");
+    }
+    assert_eq!(
+        text(&db.connect().await, "select count(*) from pgflow.runs").await,
+        "0"
+    );
+    // Prepared, and inside a transaction.
+    client.batch_execute("begin").await.unwrap();
+    let statement = client
+        .prepare("EXPLAIN (flowgate) table pgflow.flows")
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        let rows = client.query(&statement, &[]).await.unwrap();
+        let second: String = rows[1].get("QUERY PLAN");
+        assert_eq!(second, "Goes to: the server of the transaction under way");
+    }
+    client.batch_execute("commit").await.unwrap();
+    let rows = client.query(&statement, &[]).await.unwrap();
+    assert_eq!(rows[0].get::<_, String>(0), "Statement: a read of no run");
+    // What Postgres is asked to explain, it explains; what it does not know, it refuses.
+    let plan = text(&client, "explain select 'flowgate'").await;
+    assert!(plan.starts_with("Result"), "{plan}");
+    let both = client
+        .simple_query("explain (flowgate) select 1; select 2")
+        .await;
+    assert_eq!(crate::support::proxy::sqlstate(both), "42601");
     proxy.shut_down().await;
 }
 

@@ -3,10 +3,12 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `parking` polls that wait for work · `sharing` reads that others ask for, too, or have asked for · `servers` the one
-//! in hand · `priority` what it is worth to the operator · `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
+//! the primary · `parking` polls that wait for work · `explaining` where a statement would go · `sharing` reads that others ask
+//! for, too, or have asked for · `servers` the one in hand · `priority` what it is worth to the operator ·
+//! `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
 
 mod batches;
+mod explaining;
 mod outside;
 mod parking;
 mod priority;
@@ -388,6 +390,7 @@ impl Session {
         self.request.worth = self.worth(&analysis);
         match self.plan(&analysis) {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
+            Plan::Explain(at) => Box::pin(self.explain_query(header, at)).await,
             Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
             // Boxed, or every idle client would keep room for it.
             Plan::Park => Box::pin(self.park_query(header, &analysis)).await,
@@ -404,11 +407,11 @@ impl Session {
         analysis: &Arc<Analysis>,
         run: RunRef,
     ) -> Result<(), SessionError> {
-        let Some(upstream) = self.fresh_replica(run).await else {
+        let Some(fresh) = self.fresh_replica(run).await else {
             return self.run_query(Source::Input, header.whole, analysis).await;
         };
         self.keep(header.whole);
-        if self.query_replica(upstream, analysis).await? {
+        if self.query_replica(fresh, analysis).await? {
             return Ok(());
         }
         self.run_query(Source::Kept, self.kept.len(), analysis)
@@ -479,7 +482,7 @@ impl Session {
             }
             None => Plan::Primary,
         };
-        if self.answers_parse(len, end) {
+        if !matches!(plan, Plan::Explain(_)) && self.answers_parse(len, end) {
             self.keep(len);
             return self.answer_kept_batch("").await;
         }
@@ -491,7 +494,10 @@ impl Session {
                 return Box::pin(self.share_batch(len, end, run)).await;
             }
             Plan::Park => return Box::pin(self.park_batch(len, end)).await,
-            Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
+            Plan::Explain(_) if end == BatchEnd::Sync => {
+                return Box::pin(self.explain_batch(len)).await;
+            }
+            Plan::Explain(_) | Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
         }
         self.run_extended(Source::Input, len, end).await
     }

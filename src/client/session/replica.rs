@@ -15,16 +15,29 @@ use crate::pool::checkout::CheckoutError;
 use crate::pool::reset;
 use crate::relay::{Pause, Phase, RelayError};
 use crate::route::{self, Plan, SessionView};
+use crate::upstream::Reading;
 use crate::wire::frame::FrameError;
 use crate::wire::messages::TxStatus;
 
+/// A replica that has all that was acknowledged before `since`.
+#[derive(Clone, Copy)]
+pub(super) struct Fresh {
+    upstream: usize,
+    since: Instant,
+}
+
 impl Session {
     /// A replica that has all that this session, and whoever wrote to these runs, must find there.
-    pub(super) async fn fresh_replica(&mut self, run: RunRef) -> Option<usize> {
+    pub(super) async fn fresh_replica(&mut self, run: RunRef) -> Option<Fresh> {
         let live = Arc::clone(&self.live);
         let freshness = live.freshness.as_ref()?;
+        let strict = live.route.consistency != Consistency::Eventual;
+        if strict && self.shared.runs.is_being_written(run) {
+            self.shared.counters.replica_not_fresh.inc();
+            return None;
+        }
         let last = self.last_replica.map(|(replica, _)| replica);
-        let since = self.floor(run);
+        let mut since = self.floor(run);
         let mut fresh = freshness
             .fresh_replica(since, last, live.replica_wait())
             .await;
@@ -32,7 +45,7 @@ impl Session {
         if let (Some(replica), Some((before, answered))) = (fresh, self.last_replica)
             && replica != before
         {
-            let since = since.max(answered);
+            since = since.max(answered);
             fresh = freshness
                 .fresh_replica(since, Some(replica), live.replica_wait())
                 .await;
@@ -40,7 +53,10 @@ impl Session {
         if fresh.is_none() {
             self.shared.counters.replica_not_fresh.inc();
         }
-        fresh.map(|replica| replica + 1)
+        fresh.map(|replica| Fresh {
+            upstream: replica + 1,
+            since,
+        })
     }
 
     /// What a replica must have replayed for this session's read of `run`.
@@ -58,12 +74,12 @@ impl Session {
     /// Runs the kept Query on a replica. `false`: it did not answer, and nothing has reached the client.
     pub(super) async fn query_replica(
         &mut self,
-        upstream: usize,
+        fresh: Fresh,
         analysis: &Arc<Analysis>,
     ) -> Result<bool, SessionError> {
-        if !self.hold_replica(upstream).await {
+        let Some(_reading) = self.hold_replica(fresh).await else {
             return Ok(false);
-        }
+        };
         self.exchange.begin(false, Phase::Closed);
         self.exchange.hold = true;
         self.prepared.forget_unnamed();
@@ -80,6 +96,9 @@ impl Session {
                 Ok(true)
             }
             Pause::Refused => {
+                if self.was_a_write() {
+                    analysis.refused.note();
+                }
                 self.leave_refusing_replica().await;
                 Ok(false)
             }
@@ -91,15 +110,15 @@ impl Session {
     /// refuses it, or when a later part is more than a read.
     pub(super) async fn extended_replica(
         &mut self,
-        upstream: usize,
+        fresh: Fresh,
         len: usize,
         mut end: BatchEnd,
     ) -> Result<(), SessionError> {
         self.keep(len);
-        if !self.hold_replica(upstream).await {
+        let Some(reading) = self.hold_replica(fresh).await else {
             let len = self.kept.len();
             return Box::pin(self.run_extended(Source::Kept, len, end)).await;
-        }
+        };
         let mut next_part = true;
         self.begin_extended();
         loop {
@@ -118,7 +137,13 @@ impl Session {
                 Pause::Refused => {
                     // What was held back has been thrown away, its confirmations too.
                     self.prepared.settle(confirmed, None);
+                    if self.was_a_write() {
+                        for (analysis, _) in &self.survey.bound {
+                            analysis.refused.note();
+                        }
+                    }
                     self.leave_refusing_replica().await;
+                    drop(reading);
                     let len = self.kept.len();
                     self.take_survey(Source::Kept, len, end);
                     return Box::pin(self.run_extended(Source::Kept, len, end)).await;
@@ -133,10 +158,12 @@ impl Session {
                     let Unit::Batch { len, end: next } =
                         self.grouping.next_open(self.client.input.bytes())?
                     else {
+                        drop(reading);
                         return Box::pin(self.move_to_primary(0, BatchEnd::Flush)).await;
                     };
                     self.take_survey(Source::Input, len, next);
                     if !self.still_reads(next) {
+                        drop(reading);
                         return Box::pin(self.move_to_primary(len, next)).await;
                     }
                     self.keep(len);
@@ -182,17 +209,35 @@ impl Session {
         self.run_extended(Source::Input, len, end).await
     }
 
-    /// `false`: none is to be had, so the primary answers.
-    async fn hold_replica(&mut self, upstream: usize) -> bool {
-        match self.hold(upstream).await {
-            Ok(()) => true,
-            Err(error) => {
-                debug!(upstream, %error, "replica gave no connection, so the primary answers");
-                self.shared.counters.replica_refused.inc();
-                self.request.cancelled = matches!(error, CheckoutError::Cancelled);
-                false
-            }
+    /// `None`: it is not to be had, or not known to be fresh any more, so the primary answers.
+    async fn hold_replica(&mut self, fresh: Fresh) -> Option<Reading> {
+        let Fresh { upstream, since } = fresh;
+        let live = Arc::clone(&self.live);
+        let reading = live.upstreams.get(upstream)?.read_begins();
+        if let Err(error) = self.hold(upstream).await {
+            debug!(upstream, %error, "replica gave no connection, so the primary answers");
+            self.shared.counters.replica_refused.inc();
+            self.request.cancelled = matches!(error, CheckoutError::Cancelled);
+            return None;
         }
+        let (opened, replica) = (self.lease.as_ref()?.opened_at, upstream.checked_sub(1)?);
+        let freshness = live.freshness.as_ref()?;
+        // The connection may be to a later life of the replica, which begins behind what was seen of the last one.
+        if freshness
+            .still_fresh(replica, since, opened, live.replica_wait())
+            .await
+        {
+            return Some(reading);
+        }
+        self.shared.counters.replica_not_fresh.inc();
+        self.close_books();
+        self.check_in(Instant::now()).await;
+        None
+    }
+
+    /// The replica refused because it would have had to write: it always will.
+    fn was_a_write(&self) -> bool {
+        self.exchange.error == Some(*b"25006")
     }
 
     async fn leave_refusing_replica(&mut self) {

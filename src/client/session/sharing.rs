@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use memchr::memmem;
 use tokio::time::{Instant, sleep};
 
 use super::parking::Batch;
@@ -81,7 +82,7 @@ impl Session {
             Shared::Asks(leader) => {
                 let leading = self.begin_leading(leader, run);
                 let done = match self.fresh_replica(run).await {
-                    Some(upstream) => self.extended_replica(upstream, len, end).await,
+                    Some(fresh) => self.extended_replica(fresh, len, end).await,
                     None => self.run_extended(Source::Input, len, end).await,
                 };
                 self.end_leading(leading, done.is_ok());
@@ -113,12 +114,17 @@ impl Session {
     }
 
     /// `None`: not to be shared. Everything a policy, a view or an output function could read is in it.
-    fn shared_key(&self, request: &[&[u8]]) -> Option<Vec<u8>> {
+    pub(super) fn shared_key(&self, request: &[&[u8]]) -> Option<Vec<u8>> {
         let length: usize = request.iter().map(|part| part.len()).sum();
         // Code out of sight may have made settings that only the server knows.
         let tied = !self.state.pins.is_empty() || self.state.hides;
         // Who listens hears what was committed before each answer; and views of the user's own may do anything.
         let tied = tied || self.keeps_ready(&[]) || self.live.route.reads == Reads::All;
+        // A hint may have made a read of what is not pgflow's.
+        let tied = tied
+            || request
+                .iter()
+                .any(|part| memmem::find(part, b"flowgate:").is_some());
         if length > REQUEST_MAX || tied || self.lease.is_some() {
             return None;
         }
