@@ -159,16 +159,7 @@ pub async fn start_with(config: &Config, hooks: Hooks) -> Result<App, AppError> 
             }
         })
     };
-    let hubs = Hubs::new(
-        told,
-        config.primary.clone(),
-        config.events.clone(),
-        reader,
-        connect_timeout,
-        config.http.recheck,
-        &registry,
-        control.clone(),
-    );
+    let hubs = Hubs::new(told, &config, reader, &registry, control.clone());
     let live = Live {
         entrance: Arc::new(Entrance::new(&config).map_err(AppError::Tls)?),
         verifiers: Arc::new(Verifiers::new(&config.auth, &config.primary)?),

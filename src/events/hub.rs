@@ -14,7 +14,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::config::{ConnectUrl, Events};
+use crate::config::{Config, ConnectUrl, Events};
 use crate::metrics::Registry;
 use crate::pgflow::events::{
     ALL_CHANNEL, Channel, FLOW_PREFIX, has_bad_cursor, run_of_topic, run_topic, truncate_identifier,
@@ -63,15 +63,12 @@ pub(super) struct Common {
 }
 
 impl Hubs {
-    /// The listeners run on `handle`'s runtime, whatever thread subscribes. Within `recheck` they hear no more of what was
-    /// revoked.
+    /// The listeners run on `handle`'s runtime, whatever thread subscribes. Within `http.recheck` they hear no more of what
+    /// was revoked.
     pub(crate) fn new(
         told: Told,
-        control: ConnectUrl,
-        settings: Events,
+        config: &Config,
         reader: Uuid,
-        connect_timeout: Duration,
-        recheck: Duration,
         registry: &Registry,
         handle: Handle,
     ) -> Arc<Self> {
@@ -79,11 +76,11 @@ impl Hubs {
         let tasks = Mutex::new(Some(JoinSet::new()));
         let common = Arc::new(Common {
             told,
-            control,
-            settings,
+            control: config.primary.clone(),
+            settings: config.events.clone(),
             reader,
-            connect_timeout,
-            recheck,
+            connect_timeout: config.pool.connect_timeout,
+            recheck: config.http.recheck,
             metrics,
             handle,
             tasks,

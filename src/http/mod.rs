@@ -336,11 +336,8 @@ mod tests {
         tweak(&mut config.http);
         let hubs = Hubs::new(
             Box::new(|_| {}),
-            config.primary.clone(),
-            config.events.clone(),
+            &config,
             uuid::Uuid::nil(),
-            DEADLINE,
-            config.http.recheck,
             &registry,
             Handle::current(),
         );

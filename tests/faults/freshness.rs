@@ -198,14 +198,13 @@ async fn no_read_is_older_than_what_its_asker_knows() {
         to("replica"),
         to("flowgate")
     );
-    let wrong = world.wrong.lock().unwrap();
+    let wrong = std::mem::take(&mut *world.wrong.lock().unwrap());
     assert!(
         wrong.is_empty(),
         "{} stale answers: {:#?}",
         wrong.len(),
         &wrong[..wrong.len().min(10)]
     );
-    drop(wrong);
     for proxy in proxies {
         proxy.shut_down().await;
     }
