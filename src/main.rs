@@ -15,6 +15,12 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
+/// Pages that a crowd of clients has filled go back to the system some seconds after it has left: its own threads see to that. With
+/// glibc's they never do: they stay the process's, each with something left on it.
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// A Postgres proxy that understands pgflow.
 #[derive(Parser)]
 #[command(version, about)]
