@@ -957,6 +957,11 @@ impl Hub {
         self.look.notify_one();
     }
 
+    /// Whether the outbox is being read for somebody.
+    pub(super) fn is_reading(&self) -> bool {
+        lock(&self.state).outbox == Outbox::On
+    }
+
     pub(super) fn is_observed(&self) -> bool {
         self.observed.load(Ordering::SeqCst)
     }
@@ -1268,7 +1273,9 @@ impl Subscriber {
         asker: &Arc<Asker>,
     ) -> Result<(), EventsError> {
         let named = named(channel)?;
-        let guard = watch::admit(&self.hub.sight, &named, asker).await;
+        let wait = self.hub.common.connect_timeout;
+        let guard = tokio::time::timeout(wait, watch::admit(&self.hub.sight, &named, asker)).await;
+        let guard = guard.unwrap_or(Err(EventsError::Timeout(wait)));
         let guard = guard.inspect_err(|error| {
             if matches!(
                 error,

@@ -217,7 +217,8 @@ impl<'a> Session<'a> {
 
     /// When to look at the outbox without being told.
     fn next_look(&self) -> Option<Instant> {
-        self.cursor.as_ref()?;
+        // A cursor may outlive those it is kept for: they leave while there is no connection.
+        self.cursor.as_ref().filter(|_| self.hub.is_reading())?;
         let observed = self.hub.is_observed().then(|| self.rhythm.rested());
         observed.into_iter().chain(self.rhythm.next()).min()
     }

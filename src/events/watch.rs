@@ -32,6 +32,11 @@ pub(super) async fn admit(
             role: asker.role.clone(),
             why,
         },
+        // What Postgres refuses it in SQL, it does not see.
+        ref refused @ DbError::Postgres { .. } if !refused.is_passing() => EventsError::Unproven {
+            role: asker.role.clone(),
+            why: refused.to_string(),
+        },
         other => EventsError::Upstream(other.to_string()),
     };
     let rights = sight.rights(asker).await.map_err(failed)?;
@@ -165,7 +170,9 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
         let print = guarded.asker.print;
         by_asker.entry(print).or_default().push(guarded);
     }
-    for streams in by_asker.into_values() {
+    // Of one that nobody can answer for now, the others are not to wait.
+    let mut unsaid = None;
+    'askers: for streams in by_asker.into_values() {
         let Some(asker) = streams.first().map(|stream| Arc::clone(&stream.asker)) else {
             continue;
         };
@@ -173,8 +180,11 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
         let rights = match rights {
             Ok(rights) => Some(rights),
             // There is no such role any more.
-            Err(DbError::Role(_) | DbError::Postgres { .. }) => None,
-            Err(error) => return Err(error),
+            Err(error) if !error.is_passing() => None,
+            Err(error) => {
+                unsaid = Some(error);
+                continue;
+            }
         };
         let run_of = |target: &Target| match target {
             Target::Run { topic, .. } => run_of_topic(topic),
@@ -194,8 +204,11 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
             let runs: HashSet<Uuid> = runs.iter().copied().collect();
             match sight.rows(&asker, &runs).await {
                 Ok(rows) => hidden.extend(rows.hidden()),
-                Err(DbError::Role(_) | DbError::Postgres { .. }) => hidden.extend(runs),
-                Err(error) => return Err(error),
+                Err(error) if !error.is_passing() => hidden.extend(runs),
+                Err(error) => {
+                    unsaid = Some(error);
+                    continue 'askers;
+                }
             }
         }
         for guarded in streams {
@@ -219,5 +232,5 @@ async fn recheck(hub: &Hub, sight: &Sight) -> Result<(), DbError> {
             }
         }
     }
-    Ok(())
+    unsaid.map_or(Ok(()), Err)
 }

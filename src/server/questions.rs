@@ -117,6 +117,19 @@ pub(crate) enum DbError {
     },
 }
 
+impl DbError {
+    /// Something was in the way; nobody has said no.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Busy(_) | Self::Unreachable(_) => true,
+            Self::Role(_) => false,
+            Self::Postgres { code, .. } => ["40", "53", "55P03", "57", "58"]
+                .iter()
+                .any(|class| code.starts_with(class)),
+        }
+    }
+}
+
 struct Kept {
     client: Client,
     connection: JoinHandle<()>,

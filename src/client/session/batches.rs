@@ -3,8 +3,8 @@
 
 use std::io;
 
-use super::{PRIMARY, Session, Source, body_so_far, whole_length};
-use crate::classify::{Analysis, Effect};
+use super::{PRIMARY, Session, Source, body_so_far, unresolved, whole_length};
+use crate::classify::{Analysis, Effect, RunRef, StatementClass};
 use crate::client::error::SessionError;
 use crate::client::prepared::{Asking, Translated};
 use crate::client::reply;
@@ -250,6 +250,12 @@ impl Session {
                 let text = query_text(body_so_far(self.client.input.bytes(), header));
                 let analysis =
                     text.map_or_else(Analysis::other, |text| self.live.classifier.analyse(text));
+                let run = unresolved(analysis.class.run());
+                if analysis.writes_runs() {
+                    self.note_write(run);
+                }
+                self.transaction.touch(&analysis.class, run);
+                self.transaction.note_feeds(&analysis);
                 self.request
                     .effects
                     .extend(analysis.effects.iter().cloned());
@@ -261,6 +267,9 @@ impl Session {
                 self.exchange.phase = Phase::Closed;
             }
             Unit::FunctionCall(header) => {
+                self.note_write(RunRef::All);
+                self.transaction.touch(&StatementClass::Other, RunRef::All);
+                self.transaction.tells = true;
                 self.request.effects.push(Effect::Opaque(0));
                 self.exchange.upload = header.whole;
                 self.exchange.phase = Phase::Closed;

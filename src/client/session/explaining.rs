@@ -79,15 +79,8 @@ impl Session {
         let since = self.floor(run);
         let replicas = self.live.upstreams.len().saturating_sub(1);
         let now = Instant::now();
-        let fresh = match &self.live.freshness {
-            Some(freshness) => {
-                let last = self.last_replica.map(|(replica, _)| replica);
-                let wait = self.live.replica_wait();
-                freshness.fresh_replica(since, last, wait).await
-            }
-            None => None,
-        };
-        let upstream = fresh.and_then(|replica| self.live.upstreams.get(replica + 1));
+        let fresh = self.fresh_replica(run).await;
+        let upstream = fresh.and_then(|fresh| self.live.upstreams.get(fresh.upstream()));
         lines.push(match upstream {
             Some(upstream) => format!("Goes to: {}, which is fresh enough", upstream.name),
             None if replicas == 0 => "Goes to: primary, as there is no replica".to_owned(),

@@ -26,6 +26,12 @@ pub(super) struct Fresh {
     since: Instant,
 }
 
+impl Fresh {
+    pub(super) fn upstream(self) -> usize {
+        self.upstream
+    }
+}
+
 impl Session {
     /// A replica that has all that this session, and whoever wrote to these runs, must find there.
     pub(super) async fn fresh_replica(&mut self, run: RunRef) -> Option<Fresh> {

@@ -70,9 +70,11 @@ impl Session {
                     {
                         return Ok(Err(no_server(&error)));
                     }
-                    let listening = Box::pin(self.listen_to_runs(channel)).await;
+                    let asker = Box::pin(self.asker()).await;
+                    // What follows may wait, and needs no server.
                     self.let_go().await;
-                    listening?
+                    let asker = Arc::new(asker?);
+                    Box::pin(self.subscriber().listen_as(channel, &asker)).await
                 } else {
                     self.subscriber().listen(channel).await
                 };
@@ -130,8 +132,23 @@ impl Session {
         };
         let set = self.state.settings.names().map(str::to_owned);
         let opened = self.opening.options.iter();
+        // `-c my.own=value`, `--my.own=value`
+        let words = opened
+            .clone()
+            .filter(|(name, _)| name.eq_ignore_ascii_case("options"));
+        let words = words.flat_map(|(_, value)| value.split_ascii_whitespace());
+        let words = words.filter_map(|word| {
+            let word = word
+                .strip_prefix("-c")
+                .or_else(|| word.strip_prefix("--"))
+                .unwrap_or(word);
+            let (name, _) = word.split_once('=')?;
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'.';
+            name.bytes().all(plain).then(|| name.to_ascii_lowercase())
+        });
         let mut names: Vec<String> = set
             .chain(opened.map(|(name, _)| name.to_ascii_lowercase()))
+            .chain(words)
             .filter(|name| name.contains('.'))
             .collect();
         names.sort_unstable();
@@ -146,7 +163,7 @@ impl Session {
             })
             .collect();
         let sql = format!(
-            "select coalesce(v, '') from unnest(array[current_user{values}]::text[]) with ordinality as t (v, n) order by n"
+            "select coalesce(v, '') from pg_catalog.unnest(array[current_user{values}]::pg_catalog.text[]) with ordinality as t (v, n) order by n"
         );
         let answer = reset::command(lease, &sql).await.map_err(server_lost)?;
         let mut answer = answer.into_iter();
