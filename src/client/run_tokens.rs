@@ -198,12 +198,13 @@ impl Tokens {
     fn token(&mut self, id: Uuid) -> &mut Token {
         if self.runs.len() >= RUNS_MAX && !self.runs.contains_key(&id) {
             // Half of them at once, so that it happens seldom. Those being written to stay.
-            let mut ages: Vec<_> = self.runs.values().map(|token| token.since).collect();
+            let age = |token: &Token| token.since.max(token.written);
+            let mut ages: Vec<_> = self.runs.values().map(age).collect();
             let middle = ages.len() / 2;
             let cut = *ages.select_nth_unstable(middle).1;
             self.forgotten = self.forgotten.max(cut);
             self.runs
-                .retain(|_, token| token.since > cut || token.writing > 0);
+                .retain(|_, token| age(token) > cut || token.writing > 0);
         }
         let fresh = Token {
             since: self.forgotten,

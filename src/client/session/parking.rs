@@ -445,7 +445,12 @@ impl Session {
 
     /// As Postgres does: what was said of the statement before it waited, then the error.
     async fn answer_cancelled(&mut self, poll: &Poll) -> Result<Parked, SessionError> {
-        if let Look::Kept(answer) = self.shared.park.look_up(&poll.key) {
+        let look = self.shared.park.look_up(&poll.key);
+        if matches!(look, Look::Unknown) {
+            // Nobody is finding out.
+            self.shared.park.forget(&poll.key);
+        }
+        if let Look::Kept(answer) = look {
             self.note_own_parse(poll);
             let before = frames(&answer).filter(|(header, _)| header.tag != b'C');
             for (_, frame) in before {

@@ -186,7 +186,8 @@ impl Session {
                     () = leader.ready() => {}
                     () = wait.cancelled() => return self.answer_shared_cancel(len).await,
                     () = sleep(patience.unwrap_or_default()), if patience.is_some() => {
-                        leader.refuse();
+                        // Others may have nothing to fall back on: they ask for themselves.
+                        drop(leader);
                         return self.too_much(began, len).await;
                     }
                 }
@@ -271,6 +272,7 @@ impl Session {
 
     /// Answers with what somebody else was told.
     async fn pass_on(&mut self, answer: &Answer, len: usize) -> Result<Shared, SessionError> {
+        self.request.older = None;
         let at = answer.landed;
         match (answer.replica, self.last_replica) {
             (Some(replica), Some((last, before))) if replica == last => {
@@ -328,8 +330,9 @@ impl Session {
             error,
             CheckoutError::Shed { .. } | CheckoutError::TimedOut(_)
         );
-        self.request.refused |= overload;
         let older = self.request.older.take();
+        // Who falls back on an older answer has not waited as long as others would.
+        self.request.refused |= overload && older.is_none();
         if let Some(answer) = older.filter(|_| overload) {
             if source == Source::Input {
                 self.keep(len);
@@ -345,6 +348,7 @@ impl Session {
     }
 
     async fn answer_shared_cancel(&mut self, len: usize) -> Result<Shared, SessionError> {
+        self.request.older = None;
         self.keep(len);
         self.refuse(no_server(&CheckoutError::Cancelled), true)
             .await?;
@@ -363,6 +367,8 @@ impl Session {
     }
 
     fn end_leading(&mut self, leading: Option<Leading>, sound: bool) {
+        // An idle client holds no answer.
+        self.request.older = None;
         self.shared_floor = None;
         let captured = self.exchange.capture.take();
         let Some(Leading {
