@@ -18,6 +18,7 @@ mod rest;
 mod seats;
 mod starting;
 mod streams;
+mod taking;
 
 use std::io;
 use std::pin::pin;
@@ -34,18 +35,19 @@ use axum::serve::Listener;
 use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tower_http::compression::CompressionLayer;
 use tracing::debug;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::events::{Hub, Hubs, Proof, Sight};
 use crate::metrics::Registry;
-use crate::server::questions::Database;
+use crate::server::chorus::Chorus;
+use crate::server::questions::{Database, DbError};
 pub use jwt::JwksError;
 
 use cors::Origins;
@@ -73,6 +75,8 @@ pub(crate) struct Parts {
     hub: Arc<Hub>,
     origins: Origins,
     starting: Starting,
+    /// Of runs that streams begin with.
+    last_seqs: Chorus<Uuid, Result<Option<i64>, DbError>>,
     counters: Counters,
     limits: Limits,
     /// Where the page says that Postgres' protocol is spoken.
@@ -126,6 +130,7 @@ impl HttpState {
             hub: hubs.of_database(&config.primary.database),
             origins: Origins::new(&http.cors),
             starting: Starting::default(),
+            last_seqs: Chorus::default(),
             counters: Counters::new(registry),
             limits: Limits {
                 connections: http.max_connections.get(),
@@ -183,13 +188,14 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// One connection, to its end.
+/// One connection, to its end, or until a stream takes it.
 async fn converse(seated: Seated, router: Router, state: HttpState) {
     let mut stopping = state.stopping.clone();
+    let (lent, ours) = taking::lend(seated);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(state.limits.header_timeout)
-        .serve_connection(TokioIo::new(seated), TowerToHyperService::new(router))
+        .serve_connection(TokioIo::new(lent), taking::service(router, ours.clone()))
         .with_upgrades();
     let mut connection = pin!(connection);
     let ended = tokio::select! {
@@ -199,7 +205,9 @@ async fn converse(seated: Seated, router: Router, state: HttpState) {
             connection.await
         }
     };
-    if let Err(error) = ended {
+    if let Err(error) = ended
+        && !ours.is_taken()
+    {
         debug!(%error, "HTTP connection");
     }
 }
@@ -337,7 +345,7 @@ mod tests {
         let hubs = Hubs::new(
             Box::new(|_| {}),
             &config,
-            uuid::Uuid::nil(),
+            Uuid::nil(),
             &registry,
             Handle::current(),
         );

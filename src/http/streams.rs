@@ -7,25 +7,27 @@
 //! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit. They
 //! are told in two parts, the rest of that look and then what it did not see, so that each has a cursor as exact as this one.
 //!
-//! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
+//! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing. Nor do they stay with
+//! hyper (`taking.rs`), whose buffers would be most of what an idle one costs: a stream writes its socket itself, all that waits
+//! in one write.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::io;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use bytes::Bytes;
-use futures_util::StreamExt;
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
@@ -34,6 +36,7 @@ use super::api::{InUrl, a_run_id, a_slug, identify, last_seq, run_state};
 use super::counters::OpenStream;
 use super::identity::Identity;
 use super::refusal::Refusal;
+use super::seats::Seated;
 use crate::events::{
     CutReason, Delivery, Event, EventsError, Form, Rights, Rows, Snapshot, Subscriber,
 };
@@ -49,6 +52,8 @@ const RETRY: &[u8] = b"retry: 1000\n\n";
 const PAGE: usize = 500;
 /// And of it what Postgres stores, compressed; one row always.
 const PAGE_BYTES: usize = 1 << 20;
+/// Of one write, about.
+const BATCH_BYTES: usize = 64 * 1024;
 /// The longest cursor: a snapshot names every transaction in progress.
 const CURSOR_MAX: usize = 64 * 1024;
 
@@ -104,9 +109,12 @@ pub(super) async fn run(
             seq
         }
         None => {
-            let asked = state.database.ask_ourselves(&last_seq(id)).await;
-            let seq = asked.map_err(failed)?.single();
-            let seq = seq.and_then(|seq| seq.parse().ok()).unwrap_or(0);
+            let question = async {
+                let asked = state.database.ask_ourselves(&last_seq(id)).await;
+                asked.map(|answer| answer.single().and_then(|seq| seq.parse().ok()))
+            };
+            let seq = state.last_seqs.ask(id, question).await;
+            let seq: i64 = seq.map_err(failed)?.unwrap_or(0);
             // An id without data is remembered and told to nobody.
             first.push_back(format!("id: {seq}\n\n").into());
             seq
@@ -334,7 +342,7 @@ struct Past {
     rest: Option<Cursor>,
 }
 
-struct Stream {
+pub(super) struct Stream {
     state: HttpState,
     identity: Arc<Identity>,
     subscriber: Subscriber,
@@ -347,9 +355,19 @@ struct Stream {
     check_at: Instant,
     expires_at: Option<Instant>,
     heartbeat_at: Instant,
-    stopping: watch::Receiver<bool>,
     ended: bool,
     _open: OpenStream,
+}
+
+/// A stream on its way from the handler to the socket, in the extensions of a response without a body.
+#[derive(Clone)]
+pub(super) struct Begun(Arc<Mutex<Option<Box<Stream>>>>);
+
+impl Begun {
+    /// Once.
+    pub(super) fn take(&self) -> Option<Box<Stream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Stream {
@@ -366,7 +384,6 @@ impl Stream {
             check_at: state.sight.next_check(),
             expires_at: identity.expires_in().map(|left| now + left),
             heartbeat_at: now + HEARTBEAT,
-            stopping: state.stopping.clone(),
             _open: state.counters.stream(),
             state: state.clone(),
             identity,
@@ -380,11 +397,7 @@ impl Stream {
     }
 
     fn respond(self) -> Response {
-        let events = futures_util::stream::unfold(self, |mut stream| async move {
-            let bytes = stream.bytes().await?;
-            Some((Ok::<_, Infallible>(bytes), stream))
-        });
-        let mut response = Response::new(Body::from_stream(events.fuse()));
+        let mut response = Response::new(Body::empty());
         let headers = response.headers_mut();
         for (name, value) in [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -393,38 +406,113 @@ impl Stream {
             headers.insert(name, HeaderValue::from_static(value));
         }
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        let begun = Begun(Arc::new(Mutex::new(Some(Box::new(self)))));
+        response.extensions_mut().insert(begun);
         response
     }
 
-    /// The next piece; `None`: the end.
-    async fn bytes(&mut self) -> Option<Bytes> {
+    /// Writes it, after `head`, to its end or the client's. `chunked`: as the head says.
+    pub(super) async fn pour(
+        mut self: Box<Self>,
+        mut socket: Seated,
+        head: Vec<u8>,
+        chunked: bool,
+    ) -> io::Result<()> {
+        socket.write_all(&head).await?;
+        drop(head);
+        let mut stopping = self.state.stopping.clone();
+        let mut stopped = pin!(super::stopped(&mut stopping));
+        // One for all that is due some time.
+        let mut timer = pin!(sleep_until(self.due()));
         loop {
             // Before anything is given out, also to one that has read nothing for long.
-            if !self.ended {
-                self.look_again().await;
+            if !self.ended && self.look_due() <= Instant::now() {
+                Box::pin(self.look_again()).await;
             }
-            if let Some(bytes) = self.next.pop_front() {
+            // Also of one that is never idle.
+            self.ended |= *self.state.stopping.borrow();
+            self.gather().await;
+            if !self.next.is_empty() {
+                let batch = self.batch(chunked);
+                socket.write_all(&batch).await?;
                 self.heartbeat_at = Instant::now() + HEARTBEAT;
-                return Some(bytes);
-            }
-            if self.ended {
-                return None;
-            }
-            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
-                self.page().await;
                 continue;
             }
-            let due = self
-                .expires_at
-                .map_or(self.check_at, |at| at.min(self.check_at));
+            if self.ended {
+                if chunked {
+                    socket.write_all(b"0\r\n\r\n").await?;
+                }
+                return socket.shutdown().await;
+            }
+            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
+                Box::pin(self.page()).await;
+                continue;
+            }
+            let mut said = [0; 64];
             tokio::select! {
                 biased;
-                () = super::stopped(&mut self.stopping) => self.ended = true,
-                () = sleep_until(due) => {}
+                () = &mut stopped => self.ended = true,
                 delivery = poll_fn(|cx| self.subscriber.poll_next(cx)) => self.take(delivery).await,
-                () = sleep_until(self.heartbeat_at) => self.next.push_back(Bytes::from_static(b": \n\n")),
+                () = &mut timer => {
+                    if self.heartbeat_at <= Instant::now() {
+                        self.next.push_back(Bytes::from_static(b": \n\n"));
+                        self.heartbeat_at = Instant::now() + HEARTBEAT;
+                    }
+                    if self.look_due() <= Instant::now() {
+                        Box::pin(self.look_again()).await;
+                    }
+                    timer.as_mut().reset(self.due());
+                }
+                // Nothing it could still say matters but that it goes.
+                read = socket.read(&mut said) => if read? == 0 {
+                    return Ok(());
+                },
             }
         }
+    }
+
+    /// What waits, as far as one write takes it.
+    async fn gather(&mut self) {
+        let mut bytes: usize = self.next.iter().map(Bytes::len).sum();
+        while !self.ended && bytes < BATCH_BYTES {
+            // The past comes first.
+            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
+                return;
+            }
+            let Some(delivery) = self.subscriber.try_next() else {
+                return;
+            };
+            let before = self.next.len();
+            self.take(delivery).await;
+            bytes += self.next.iter().skip(before).map(Bytes::len).sum::<usize>();
+        }
+    }
+
+    fn batch(&mut self, chunked: bool) -> Bytes {
+        let length: usize = self.next.iter().map(Bytes::len).sum();
+        let mut batch = BytesMut::with_capacity(length + 20);
+        if chunked {
+            batch.put_slice(format!("{length:x}\r\n").as_bytes());
+        }
+        // The room for them goes, too: most streams are idle most of the time.
+        for bytes in std::mem::take(&mut self.next) {
+            batch.put_slice(&bytes);
+        }
+        if chunked {
+            batch.put_slice(b"\r\n");
+        }
+        batch.freeze()
+    }
+
+    /// When to look whether the role may still see it.
+    fn look_due(&self) -> Instant {
+        self.expires_at
+            .map_or(self.check_at, |at| at.min(self.check_at))
+    }
+
+    /// When there is something to do though nothing happens.
+    fn due(&self) -> Instant {
+        self.look_due().min(self.heartbeat_at)
     }
 
     async fn look_again(&mut self) {
@@ -471,7 +559,11 @@ impl Stream {
             Delivery::Event(event) => {
                 let known = self.past.as_ref();
                 let known = known.is_some_and(|past| past.seen.sees(event.xid));
-                if known || event.private || !self.shows(&event.topic).await {
+                if known || event.private {
+                    return;
+                }
+                let one_run = matches!(self.scope, Scope::Run(_));
+                if !one_run && !Box::pin(self.shows(&event.topic)).await {
                     return;
                 }
                 let bytes = match self.scope {
@@ -507,9 +599,6 @@ impl Stream {
 
     /// Of a stream of many: whether the role may see that run.
     async fn shows(&mut self, topic: &str) -> bool {
-        if matches!(self.scope, Scope::Run(_)) {
-            return true;
-        }
         let Some(run) = run_of_topic(topic) else {
             return false;
         };
@@ -564,7 +653,7 @@ impl Stream {
                 continue;
             };
             at.id = id;
-            if self.shows(topic).await {
+            if Box::pin(self.shows(topic)).await {
                 let seq = column(2).and_then(|seq| seq.parse().ok());
                 let told = envelope(payload, seq, id);
                 self.next
