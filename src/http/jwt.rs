@@ -1,9 +1,8 @@
 //! JSON Web Tokens: whose signature is whose, and what a token claims. Knows neither HTTP nor roles; `identity.rs` calls.
 //!
-//! HS256 with the shared secret; RS256, ES256 and EdDSA with the keys of a JWKS file, chosen by `kid`. A key says which
+//! HS256 with the shared secret; RS256, ES256 and EdDSA with the keys of a JWKS (`jwks.rs`), chosen by `kid`. A key says which
 //! algorithm it is for, and the token's own word is only compared with that: a token can't choose how it is verified. (RFC 8725)
 
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -33,6 +32,11 @@ pub enum JwksError {
 pub(super) enum Refusal {
     #[error("{0}")]
     Invalid(&'static str),
+    /// Perhaps there is another key by now.
+    #[error("no key verifies the JWT's signature")]
+    UnknownKey,
+    #[error("the keys that could verify the JWT are not known yet")]
+    NoKeysYet,
     #[error("JWT expired")]
     Expired { seconds_ago: i64 },
     #[error("JWT not yet valid")]
@@ -51,11 +55,10 @@ pub(super) struct Claims {
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     secret: Option<mac::Key>,
-    public: Vec<PublicKey>,
 }
 
 #[derive(Debug)]
-struct PublicKey {
+pub(super) struct PublicKey {
     kid: Option<String>,
     kind: Kind,
 }
@@ -68,18 +71,20 @@ enum Kind {
 }
 
 impl Keys {
-    pub(super) fn new(secret: Option<&str>, jwks: Option<&Path>) -> Result<Self, JwksError> {
-        let public = match jwks {
-            Some(path) => public_keys(&std::fs::read_to_string(path)?)?,
-            None => Vec::new(),
-        };
-        Ok(Self {
-            secret: secret.map(|secret| mac::Key::new(mac::HMAC_SHA256, secret.as_bytes())),
-            public,
-        })
+    pub(super) fn new(secret: Option<&str>) -> Self {
+        let key = |secret: &str| mac::Key::new(mac::HMAC_SHA256, secret.as_bytes());
+        Self {
+            secret: secret.map(key),
+        }
     }
 
-    pub(super) fn verify(&self, token: &str, now: i64) -> Result<Claims, Refusal> {
+    /// `public`: `None` while nobody has told us which they are.
+    pub(super) fn verify(
+        &self,
+        public: Option<&[PublicKey]>,
+        token: &str,
+        now: i64,
+    ) -> Result<Claims, Refusal> {
         if token.len() > TOKEN_MAX {
             return Err(Refusal::Invalid("the JWT is too long"));
         }
@@ -105,11 +110,17 @@ impl Keys {
                 mac::verify(key, signed.as_bytes(), &mark).is_ok()
             }
             Some(alg @ ("RS256" | "ES256" | "EdDSA")) => {
-                let mut fitting = self.public.iter().filter(|key| {
+                let public = public.ok_or(Refusal::NoKeysYet)?;
+                let mut fitting = public.iter().filter(|key| {
                     key.kind.alg() == alg
                         && (kid.is_none() || key.kid.is_none() || key.kid.as_deref() == kid)
                 });
-                fitting.any(|key| key.kind.verifies(signed.as_bytes(), &mark))
+                let genuine = fitting.any(|key| key.kind.verifies(signed.as_bytes(), &mark));
+                let named = |key: &PublicKey| kid.is_some() && key.kid.as_deref() == kid;
+                if !genuine && !public.iter().any(named) {
+                    return Err(Refusal::UnknownKey);
+                }
+                genuine
             }
             _ => return Err(Refusal::Invalid("the JWT's algorithm is not accepted")),
         };
@@ -192,7 +203,7 @@ impl Kind {
 }
 
 /// Keys for something else (encryption, other curves) are passed over, as sets carry keys for many.
-fn public_keys(text: &str) -> Result<Vec<PublicKey>, JwksError> {
+pub(super) fn public_keys(text: &str) -> Result<Vec<PublicKey>, JwksError> {
     let set: Value = serde_json::from_str(text)?;
     let keys = set
         .get("keys")
@@ -283,12 +294,18 @@ mod tests {
     }
 
     fn keys() -> Keys {
-        Keys::new(Some(SECRET), None).unwrap()
+        Keys::new(Some(SECRET))
     }
 
     #[track_caller]
     fn refused(keys: &Keys, token: &str) -> String {
-        keys.verify(token, NOW).unwrap_err().to_string()
+        refused_by(keys, &[], token)
+    }
+
+    #[track_caller]
+    fn refused_by(keys: &Keys, public: &[PublicKey], token: &str) -> String {
+        let refused = keys.verify(Some(public), token, NOW);
+        refused.unwrap_err().to_string()
     }
 
     #[test]
@@ -299,26 +316,29 @@ mod tests {
             &claims,
             shared(SECRET),
         );
-        let verified = keys().verify(&signed, NOW + 30).unwrap();
+        let verified = keys().verify(None, &signed, NOW + 30).unwrap();
         assert_eq!(
             (verified.role.as_deref(), verified.expires, verified.json),
             (Some("anon"), Some(NOW), claims)
         );
         assert_eq!(
-            keys().verify(&signed, NOW + 31).unwrap_err(),
+            keys().verify(None, &signed, NOW + 31).unwrap_err(),
             Refusal::Expired { seconds_ago: 31 }
         );
         let early = format!("{{\"nbf\":{}}}", NOW + 31);
         let early = token(r#"{"alg":"HS256"}"#, &early, shared(SECRET));
-        assert_eq!(keys().verify(&early, NOW).unwrap_err(), Refusal::NotYet);
-        assert!(keys().verify(&early, NOW + 1).is_ok());
+        assert_eq!(
+            keys().verify(None, &early, NOW).unwrap_err(),
+            Refusal::NotYet
+        );
+        assert!(keys().verify(None, &early, NOW + 1).is_ok());
     }
 
     #[test]
     fn what_is_forged_or_malformed_is_refused() {
         let hs = r#"{"alg":"HS256"}"#;
         let good = token(hs, r#"{"role":"anon"}"#, shared(SECRET));
-        assert!(keys().verify(&good, NOW).is_ok());
+        assert!(keys().verify(None, &good, NOW).is_ok());
         let forged = token(
             hs,
             r#"{"role":"postgres"}"#,
@@ -389,27 +409,31 @@ mod tests {
             {"kty": "oct", "k": "AAAA"},
             {"kty": "EC", "crv": "P-521", "x": "AA", "y": "AA"},
         ]});
-        let keys = Keys {
-            secret: Some(mac::Key::new(mac::HMAC_SHA256, SECRET.as_bytes())),
-            public: public_keys(&set.to_string()).unwrap(),
-        };
-        assert_eq!(keys.public.len(), 2);
+        let keys = keys();
+        let public = public_keys(&set.to_string()).unwrap();
+        assert_eq!(public.len(), 2);
         let by_edwards = |signed: &[u8]| edwards.sign(signed).as_ref().to_vec();
         let by_curve = |signed: &[u8]| curve.sign(&random, signed).unwrap().as_ref().to_vec();
         let claims = r#"{"role":"r"}"#;
         let good = token(r#"{"alg":"EdDSA","kid":"ed"}"#, claims, by_edwards);
-        assert_eq!(keys.verify(&good, NOW).unwrap().role.as_deref(), Some("r"));
+        assert_eq!(
+            keys.verify(Some(&public), &good, NOW)
+                .unwrap()
+                .role
+                .as_deref(),
+            Some("r")
+        );
         let good = token(r#"{"alg":"ES256"}"#, claims, by_curve);
-        assert!(keys.verify(&good, NOW).is_ok());
+        assert!(keys.verify(Some(&public), &good, NOW).is_ok());
         let of_another = token(r#"{"alg":"ES256","kid":"else"}"#, claims, by_curve);
         assert_eq!(
-            refused(&keys, &of_another),
+            refused_by(&keys, &public, &of_another),
             "no key verifies the JWT's signature"
         );
         // The public key's bytes, which all may know, as if they were a secret.
         let confused = token(r#"{"alg":"HS256","kid":"ed"}"#, claims, shared(&x));
         assert_eq!(
-            refused(&keys, &confused),
+            refused_by(&keys, &public, &confused),
             "no key verifies the JWT's signature"
         );
         let problems = [

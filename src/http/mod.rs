@@ -10,6 +10,7 @@ mod dashboard;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod identity;
+mod jwks;
 mod jwt;
 mod phoenix;
 mod realtime;
@@ -124,7 +125,7 @@ impl HttpState {
         Ok(Self(Arc::new(Parts {
             registry: Arc::clone(registry),
             ready,
-            guard: Guard::new(http)?,
+            guard: Guard::new(http, registry)?,
             sight: Sight::new(Arc::clone(&database), Proof::ToBeTaken, http.recheck),
             database,
             hub: hubs.of_database(&config.primary.database),
@@ -168,6 +169,7 @@ pub(crate) async fn serve(
     );
     let router = router(state.clone());
     let mut connections = JoinSet::new();
+    connections.spawn(keep_keys(state.clone()));
     let mut shutdown = pin!(shutdown);
     loop {
         tokio::select! {
@@ -186,6 +188,15 @@ pub(crate) async fn serve(
     // Sockets live in tasks of their own.
     vacated.await;
     Ok(())
+}
+
+/// Until we go.
+async fn keep_keys(state: HttpState) {
+    let mut stopping = state.stopping.clone();
+    tokio::select! {
+        () = state.guard.keep_keys() => {}
+        () = stopped(&mut stopping) => {}
+    }
 }
 
 /// One connection, to its end, or until a stream takes it.

@@ -83,7 +83,7 @@ pub(super) async fn run(
     Query(wanted): Query<Wanted>,
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let id = a_run_id(&id)?;
     let failed = |error| Refusal::of_database(error, Some(&identity));
     if !state
@@ -154,7 +154,7 @@ async fn many(
     wanted: &Wanted,
     scope: Scope,
 ) -> Result<Response, Refusal> {
-    let identity = identify(state, headers, url)?;
+    let identity = identify(state, headers, url).await?;
     if wanted.wants_snapshot() {
         return Err(Refusal::bad_request(
             "22023",
