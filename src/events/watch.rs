@@ -42,7 +42,7 @@ pub(super) async fn admit(
     let rights = sight.rights(asker).await.map_err(failed)?;
     let run = match channel {
         Channel::Run { id, .. } => Some(*id),
-        Channel::Flow(_) | Channel::All | Channel::Ordinary(_) => None,
+        Channel::Flow { .. } | Channel::All { .. } | Channel::Ordinary(_) => None,
     };
     let watched = match judged(&rights, run.is_some()) {
         Judged::Open => false,

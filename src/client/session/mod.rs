@@ -175,6 +175,8 @@ struct Transaction {
     subscribes: bool,
     /// The channels of its LISTENs whose names the server cuts.
     long_names: Vec<String>,
+    /// The channels of its UNLISTENs that name a cursor, which the server does not know.
+    left: Vec<String>,
     /// What its server was notified of, if it ran LISTEN or UNLISTEN.
     heard: Overheard,
     /// The queues it may put messages into.

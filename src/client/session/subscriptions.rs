@@ -15,7 +15,7 @@ use crate::client::reply;
 use crate::client::state::Ending;
 use crate::config::Wake;
 use crate::events::{Delivery, EventsError, Hub, Subscriber};
-use crate::pgflow::events::{tells_of_runs, truncate_identifier};
+use crate::pgflow::events::{names_cursor, tells_of_runs, truncate_identifier};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
 use crate::server::conn::Heard;
@@ -230,9 +230,11 @@ impl Session {
                 }
                 // Only a statement that was prepared before and is bound in the middle of a request comes to a server that
                 // does not listen.
-                (Effect::Unlisten(channel), Some(subscriber)) => {
-                    if self.transaction.lent.is_none() && self.exchange.error.is_none() {
+                (Effect::Unlisten(channel), Some(subscriber)) if self.exchange.error.is_none() => {
+                    if self.transaction.lent.is_none() {
                         subscriber.unlisten(channel);
+                    } else if names_cursor(channel) {
+                        self.transaction.left.push(channel.clone());
                     }
                 }
                 (Effect::UnlistenAll, Some(subscriber)) => {
@@ -240,10 +242,15 @@ impl Session {
                         subscriber.unlisten_all();
                     }
                 }
+                (Effect::Unlisten(_), Some(_)) => {}
                 (Effect::Unlisten(_) | Effect::UnlistenAll, None) => {}
                 _ => continue,
             }
             self.transaction.subscribes = true;
+        }
+        // Perhaps to before it; then what was left goes on, as far as we know.
+        if self.exchange.error.is_some() || self.exchange.tag.is("ROLLBACK") {
+            self.transaction.left.clear();
         }
     }
 
@@ -267,25 +274,34 @@ impl Session {
     pub(super) async fn adopt_subscriptions(&mut self) -> Result<(), SessionError> {
         let lent = self.transaction.lent.take();
         let long_names = std::mem::take(&mut self.transaction.long_names);
+        let left = std::mem::take(&mut self.transaction.left);
         self.transaction.subscribes = false;
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
         let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
-        let listed: HashSet<String> = listed.map_err(server_lost)?.into_iter().collect();
+        let listed: Vec<String> = listed.map_err(server_lost)?;
         let lent = lent.unwrap_or_default();
         for channel in &lent {
-            if !listed.contains(truncate_identifier(channel))
+            let cut = truncate_identifier(channel);
+            if !listed.iter().any(|name| name == cut)
                 && let Some(subscriber) = &self.subscriber
             {
                 subscriber.unlisten(channel);
             }
         }
         let before: HashSet<&str> = lent.iter().map(|name| truncate_identifier(name)).collect();
-        let mut joined = listed.clone();
-        joined.retain(|name| !before.contains(name.as_str()));
-        for channel in &joined {
-            let mut long = long_names.iter();
+        // The server listens to the plain name of what is left by the name it was asked for with.
+        for channel in &left {
+            if let Some(subscriber) = &self.subscriber {
+                subscriber.unlisten(channel);
+            }
+        }
+        // In the order in which they were listened to.
+        let joined = listed.iter().filter(|name| !before.contains(name.as_str()));
+        let joined: Vec<&String> = joined.collect();
+        for channel in joined.iter().copied() {
+            let mut long = long_names.iter().rev();
             let long = long.find(|name| truncate_identifier(name) == channel);
             let listening = self.listen_committed(long.unwrap_or(channel)).await?;
             self.note_unheard(channel, listening)?;
@@ -308,6 +324,7 @@ impl Session {
                 return Err(SessionError::Cut("TooSlow".into()));
             };
             let frames = split(frames.into());
+            let joined = joined.into_iter().cloned().collect();
             self.transaction.heard = Overheard { frames, joined };
         }
         Ok(())
@@ -432,7 +449,7 @@ fn not_listening(error: &EventsError) -> ErrorResponse {
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
         EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
-            .with_detail("What follows the @ is the number of an event of the run; other channels take none."),
+            .with_detail("What follows the @ is, of a run, the seq of an event; of others, the cursor of one."),
         EventsError::TooManyChannels { limit } => {
             ErrorResponse::error("53400", "too many channels")
                 .with_detail(format!("One session may listen on {limit}."))
