@@ -13,14 +13,16 @@ const PAGE_BYTES: usize = 1 << 20;
 /// for which Postgres may have to look through all of the outbox, are read elsewhere.
 const NEAR: u64 = 1_000;
 
-/// What the outbox has at the moment somebody resumes.
+/// What the outbox has at the moment somebody resumes. The oldest transaction need not have drawn the lowest id: among the first few
+/// is one that has.
 pub(crate) const NOW: &str = "select pg_current_snapshot()::text, (select s.last_value from flowgate.event_id_seq as s), \
-    (select e.id || ' ' || e.xid from flowgate.event as e order by e.xid limit 1)";
+    (select min(o.id) || ' ' || (array_agg(o.xid order by o.xid))[1] \
+        from (select e.id, e.xid from flowgate.event as e order by e.xid limit 200) as o)";
 
 pub(crate) struct Start {
     pub(crate) now: Snapshot,
     pub(crate) last_id: i64,
-    /// The oldest that is kept: its id and transaction.
+    /// The lowest id that is kept, and the oldest transaction.
     oldest: Option<(i64, u64)>,
 }
 

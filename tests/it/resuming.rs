@@ -163,6 +163,26 @@ async fn what_commits_late_under_an_early_id_is_not_passed_over() {
 }
 
 #[tokio::test]
+async fn transactions_that_draw_their_ids_out_of_order_leave_no_gap() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |_| {}).await;
+    let (client, mut hearing) = proxy.connect_hearing().await;
+    listen(&client, ALL).await.unwrap();
+    let (old, direct) = (db.connect().await, db.connect().await);
+    old.batch_execute("begin; select pg_current_xact_id()")
+        .await
+        .unwrap();
+    direct.batch_execute(&send(&run(1), 1)).await.unwrap();
+    let first = told(&mut hearing, ALL).await;
+    direct.batch_execute(&send(&run(1), 2)).await.unwrap();
+    old.batch_execute(&send(&run(2), 3)).await.unwrap();
+    old.batch_execute("commit").await.unwrap();
+    let (_client, mut resumed) = resumed(&proxy, ALL, &first.cursor).await;
+    hear(&mut resumed, ALL, &[2, 3].into()).await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
 async fn what_is_far_behind_comes_page_by_page_while_others_are_told_at_once() {
     const EVENTS: i64 = 1_700;
     let db = fresh_database().await;
