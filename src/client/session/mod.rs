@@ -579,6 +579,8 @@ impl Session {
         }
         if after == TxStatus::Idle || ending.chained {
             self.tell(statements, ending);
+        } else {
+            self.tell_of_another(effects, statements, before);
         }
         if after == TxStatus::Idle {
             self.end_transaction(now).await?;

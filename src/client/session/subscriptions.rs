@@ -446,6 +446,25 @@ impl Session {
 }
 
 fn not_listening(error: &EventsError) -> ErrorResponse {
+    /// A request has ended inside a transaction: perhaps not the one it began in (`COMMIT; BEGIN`).
+    pub(super) fn tell_of_another(
+        &mut self,
+        effects: &[Effect],
+        statements: usize,
+        before: TxStatus,
+    ) {
+        // With those that can be told apart from BEGIN and what follows.
+        let at_least = if before == TxStatus::Idle { 4 } else { 2 };
+        if self.transaction.tells
+            && statements >= at_least
+            && effects.contains(&Effect::Transaction)
+            && self.replica.is_none()
+            && let Some(hub) = self.hub()
+        {
+            hub.committed();
+        }
+    }
+
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
         EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
