@@ -1342,6 +1342,15 @@ impl Subscriber {
         self.listen_guarded(channel, named, Some(guard)).await
     }
 
+    /// Whether the settings of who listens there count, which policies may read.
+    pub(crate) async fn goes_by_rows(&self, channel: &str, asker: &Asker) -> bool {
+        let wait = self.hub.common.connect_timeout;
+        let channel = Channel::parse(channel);
+        let watched = watch::is_watched(&self.hub.sight, &channel, asker);
+        // If nobody can say, nor is it let in.
+        tokio::time::timeout(wait, watched).await.unwrap_or(false)
+    }
+
     async fn listen_guarded(
         &self,
         name: &str,

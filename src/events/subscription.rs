@@ -445,6 +445,8 @@ struct Item {
     stream: StreamId,
     what: What,
     veil: Option<Box<Veil>>,
+    /// A notification of Postgres' own.
+    ordinary: bool,
 }
 
 #[derive(Debug)]
@@ -710,6 +712,9 @@ impl Inbox {
             return Offered::Cut;
         }
         self.push(id, What::Frame(frame.clone()));
+        if let Some(item) = self.queue.back_mut() {
+            item.ordinary = true;
+        }
         Offered::Queued
     }
 
@@ -1049,12 +1054,19 @@ impl Inbox {
 
     pub(super) fn pop(&mut self) -> Popped {
         let delivery = loop {
-            // What follows must not overtake it.
-            if self.queue.front().is_some_and(|item| item.veil.is_some()) {
-                break None;
-            }
-            let Some(item) = self.queue.pop_front() else {
-                break self.cut.map(Delivery::Cut);
+            let veiled = self.queue.front().is_some_and(|item| item.veil.is_some());
+            let item = if veiled {
+                // No event must overtake it. To Postgres' own notifications events are in no order, as they are looked for.
+                let ordinary = self.queue.iter().position(|item| item.ordinary);
+                let Some(item) = ordinary.and_then(|at| self.queue.remove(at)) else {
+                    break None;
+                };
+                item
+            } else {
+                let Some(item) = self.queue.pop_front() else {
+                    break self.cut.map(Delivery::Cut);
+                };
+                item
             };
             self.bytes -= item.what.len();
             match item.what {
@@ -1138,7 +1150,12 @@ impl Inbox {
 
     fn push_item(&mut self, stream: StreamId, what: What, veil: Option<Box<Veil>>) {
         self.bytes += what.len();
-        self.queue.push_back(Item { stream, what, veil });
+        self.queue.push_back(Item {
+            stream,
+            what,
+            veil,
+            ordinary: false,
+        });
         self.wake();
     }
 
@@ -1147,6 +1164,7 @@ impl Inbox {
             stream,
             what: What::Marker,
             veil: None,
+            ordinary: false,
         });
         self.wake();
     }

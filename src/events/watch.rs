@@ -63,6 +63,13 @@ pub(super) async fn admit(
     })
 }
 
+/// Whether what it hears there is for its policies to say, as far as anybody can tell.
+pub(super) async fn is_watched(sight: &Sight, channel: &Channel, asker: &Asker) -> bool {
+    let one_run = matches!(channel, Channel::Run { .. });
+    let rights = sight.rights(asker).await;
+    rights.is_ok_and(|rights| judged(&rights, one_run) == Judged::Watched)
+}
+
 fn denied(asker: &Asker, channel: &Channel) -> EventsError {
     EventsError::Denied {
         role: asker.role.clone(),

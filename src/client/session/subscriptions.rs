@@ -18,7 +18,7 @@ use crate::events::{Delivery, EventsError, Hub, Subscriber};
 use crate::pgflow::events::{names_cursor, tells_of_runs, truncate_identifier};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
-use crate::server::conn::Heard;
+use crate::server::conn::{Heard, ServerConn};
 use crate::server::questions::Asker;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
@@ -27,6 +27,10 @@ use crate::wire::quote;
 
 /// How long an answer waits for the notifications its request sent to its own session.
 const OWN_WAIT: Duration = Duration::from_secs(1);
+/// query_canceled
+const CANCELLED: &str = "57014";
+/// More than that in a row mean something else.
+const LATE_CANCELS: usize = 4;
 
 impl Session {
     /// A Query of one LISTEN or UNLISTEN.
@@ -65,15 +69,21 @@ impl Session {
         Ok(match change {
             Subscription::Listen(channel) => {
                 let listening = if tells_of_runs(channel) {
-                    if self.asks_its_server()
-                        && let Err(error) = self.hold(PRIMARY).await
-                    {
-                        return Ok(Err(no_server(&error)));
-                    }
-                    let asker = Box::pin(self.asker()).await;
-                    // What follows may wait, and needs no server.
-                    self.let_go().await;
-                    let asker = Arc::new(asker?);
+                    let asker = if Box::pin(self.asks_its_server(channel)).await {
+                        if let Err(error) = self.hold(PRIMARY).await {
+                            return Ok(Err(no_server(&error)));
+                        }
+                        let asker = Box::pin(self.asker()).await;
+                        // What follows may wait, and needs no server.
+                        self.let_go().await;
+                        match asker? {
+                            Ok(asker) => asker,
+                            Err(refused) => return Ok(Err(refused)),
+                        }
+                    } else {
+                        Asker::new(self.opening.user.clone(), Vec::new())
+                    };
+                    let asker = Arc::new(asker);
                     Box::pin(self.subscriber().listen_as(channel, &asker)).await
                 } else {
                     self.subscriber().listen(channel).await
@@ -98,8 +108,9 @@ impl Session {
         })
     }
 
-    /// Whether who it is, as far as policies care, is for a server to say: the role may have been set, or something they read.
-    fn asks_its_server(&self) -> bool {
+    /// Whether who it is, as far as policies care, is for a server to say: the role may have been set, or there are policies, and
+    /// something they read was set by whomever.
+    async fn asks_its_server(&mut self, channel: &str) -> bool {
         let settings = &self.state.settings;
         let plain = settings.keeps_roles()
             && !settings.names().any(|name| name.contains('.'))
@@ -110,25 +121,42 @@ impl Session {
                     && !name.eq_ignore_ascii_case("role")
                     && !name.contains('.')
             });
-        !plain
+        if !plain {
+            return true;
+        }
+        let asker = Asker::new(self.opening.user.clone(), Vec::new());
+        self.subscriber().goes_by_rows(channel, &asker).await
     }
 
-    /// A channel that tells of runs, as whoever the session is now; on the server in hand that is asked for it, if need be.
+    /// A channel that tells of runs, as whoever the session is now; the server in hand is asked for that.
     async fn listen_to_runs(
         &mut self,
         channel: &str,
     ) -> Result<Result<(), EventsError>, SessionError> {
-        let asker = Arc::new(self.asker().await?);
+        let mut asker = self.asker().await?;
+        for _ in 1..LATE_CANCELS {
+            match &asker {
+                Err(error) if error.code == CANCELLED => asker = self.asker().await?,
+                Ok(_) | Err(_) => break,
+            }
+        }
+        let asker = match asker {
+            Ok(asker) => Arc::new(asker),
+            Err(error) => {
+                return Ok(Err(EventsError::Unproven {
+                    role: self.opening.user.clone(),
+                    why: error.message,
+                }));
+            }
+        };
         Ok(self.subscriber().listen_as(channel, &asker).await)
     }
 
-    async fn asker(&mut self) -> Result<Asker, SessionError> {
+    /// `Err`: its server does not say.
+    async fn asker(&mut self) -> Result<Result<Asker, ErrorResponse>, SessionError> {
         let user = self.opening.user.clone();
-        if !self.asks_its_server() {
-            return Ok(Asker::new(user, Vec::new()));
-        }
         let Some(lease) = self.lease.as_mut() else {
-            return Ok(Asker::new(user, Vec::new()));
+            return Ok(Ok(Asker::new(user, Vec::new())));
         };
         let set = self.state.settings.names().map(str::to_owned);
         let opened = self.opening.options.iter();
@@ -144,31 +172,24 @@ impl Session {
                 .unwrap_or(word);
             let (name, _) = word.split_once('=')?;
             let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'.';
-            name.bytes().all(plain).then(|| name.to_ascii_lowercase())
+            name.bytes().all(plain).then(|| name.to_owned())
         });
-        let mut names: Vec<String> = set
-            .chain(opened.map(|(name, _)| name.to_ascii_lowercase()))
-            .chain(words)
-            .filter(|name| name.contains('.'))
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        let values: String = names
-            .iter()
-            .map(|name| {
-                format!(
-                    ", pg_catalog.current_setting({}, true)",
-                    quote::literal(name)
-                )
-            })
-            .collect();
-        let sql = format!(
-            "select coalesce(v, '') from pg_catalog.unnest(array[current_user{values}]::pg_catalog.text[]) with ordinality as t (v, n) order by n"
-        );
-        let answer = reset::command(lease, &sql).await.map_err(server_lost)?;
+        let names = set.chain(opened.map(|(name, _)| name.clone())).chain(words);
+        let names = names.filter(|name| name.contains('.'));
+        let answer = match reset::command(lease, &who_asks(&user, names)).await {
+            Ok(answer) => answer,
+            Err(ResetError::Refused { code, message }) => {
+                return Ok(Err(ErrorResponse::error(code, message)));
+            }
+            Err(error) => return Err(server_lost(error)),
+        };
         let mut answer = answer.into_iter();
         let role = answer.next().unwrap_or(user);
-        Ok(Asker::new(role, names.into_iter().zip(answer).collect()))
+        let settings = answer.filter_map(|said| {
+            let (name, value) = said.split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        });
+        Ok(Ok(Asker::new(role, settings.collect())))
     }
 
     /// A server that was only to be asked something goes back.
@@ -279,8 +300,7 @@ impl Session {
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
-        let listed: Vec<String> = listed.map_err(server_lost)?;
+        let listed = insist(lease, "SELECT pg_catalog.pg_listening_channels()").await?;
         let lent = lent.unwrap_or_default();
         for channel in &lent {
             let cut = truncate_identifier(channel);
@@ -311,7 +331,7 @@ impl Session {
             // wakes the listeners one by one. One that notifies reads all there is.
             match reset::command(lease, "NOTIFY flowgate_joined").await {
                 // Refused (a timeout of the client's, its cancel): then what comes late comes by the hub alone.
-                Ok(_) | Err(ResetError::Refused(_)) => {}
+                Ok(_) | Err(ResetError::Refused { .. }) => {}
                 Err(error) => return Err(server_lost(error)),
             }
         }
@@ -348,10 +368,11 @@ impl Session {
         channel: &str,
         listening: Result<(), EventsError>,
     ) -> Result<(), SessionError> {
-        let why = match listening {
+        let why = match &listening {
             Ok(()) => return Ok(()),
             Err(EventsError::BadCursor) => "invalid cursor",
-            Err(EventsError::Denied { .. } | EventsError::Unproven { .. }) => "permission denied",
+            Err(EventsError::Denied { .. }) => "permission denied",
+            Err(EventsError::Unproven { why, .. }) => why,
             Err(error) => return Err(SessionError::Cut(error.to_string())),
         };
         ErrorResponse::notice(format!("not listening to \"{channel}\": {why}"))
@@ -363,8 +384,7 @@ impl Session {
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        let quiet = reset::command(lease, "UNLISTEN *").await;
-        quiet.map(drop).map_err(server_lost)
+        insist(lease, "UNLISTEN *").await.map(drop)
     }
 
     /// Whether ReadyForQuery must wait for the session: it listens, or the request may end a transaction that ran LISTEN.
@@ -426,6 +446,25 @@ impl Session {
         }
     }
 
+    /// A request has ended inside a transaction: perhaps not the one it began in (`COMMIT; BEGIN`).
+    pub(super) fn tell_of_another(
+        &mut self,
+        effects: &[Effect],
+        statements: usize,
+        before: TxStatus,
+    ) {
+        // BEGIN, something, COMMIT, BEGIN; or COMMIT, BEGIN.
+        let at_least = if before == TxStatus::Idle { 4 } else { 2 };
+        if self.transaction.tells
+            && statements >= at_least
+            && effects.contains(&Effect::Transaction)
+            && self.replica.is_none()
+            && let Some(hub) = self.hub()
+        {
+            hub.committed();
+        }
+    }
+
     /// `None`: it is told of commits by Postgres alone.
     pub(super) fn hub(&mut self) -> Option<&Arc<Hub>> {
         if self.live.config.events.wake == Wake::Notify {
@@ -445,26 +484,47 @@ impl Session {
     }
 }
 
-fn not_listening(error: &EventsError) -> ErrorResponse {
-    /// A request has ended inside a transaction: perhaps not the one it began in (`COMMIT; BEGIN`).
-    pub(super) fn tell_of_another(
-        &mut self,
-        effects: &[Effect],
-        statements: usize,
-        before: TxStatus,
-    ) {
-        // With those that can be told apart from BEGIN and what follows.
-        let at_least = if before == TxStatus::Idle { 4 } else { 2 };
-        if self.transaction.tells
-            && statements >= at_least
-            && effects.contains(&Effect::Transaction)
-            && self.replica.is_none()
-            && let Some(hub) = self.hub()
-        {
-            hub.committed();
+/// When a transaction is over: a cancel that was meant for it comes too late.
+async fn insist(server: &mut ServerConn, sql: &str) -> Result<Vec<String>, SessionError> {
+    for _ in 1..LATE_CANCELS {
+        match reset::command(server, sql).await {
+            Err(ResetError::Refused { code, .. }) if code == CANCELLED => {}
+            other => return other.map_err(server_lost),
         }
     }
+    reset::command(server, sql).await.map_err(server_lost)
+}
 
+/// The role that a session has, and `name=value` of the settings of nobody's own (`my.own`) that policies may read: those that are
+/// known to be set, that were set for whoever logs in, and that pgflow's policies, or functions they call, name. Postgres lists no others.
+fn who_asks(user: &str, names: impl Iterator<Item = String>) -> String {
+    let names: Vec<String> = names.map(|name| quote::literal(&name)).collect();
+    // Nobody's functions and operators are found, in whatever order the session would look for them.
+    format!(
+        "set local search_path = ''; \
+         with words (w) as (select pg_catalog.pg_get_expr(p.polqual, p.polrelid) from pg_catalog.pg_policy p \
+                join pg_catalog.pg_class c on c.oid = p.polrelid join pg_catalog.pg_namespace s on s.oid = c.relnamespace \
+                where s.nspname = 'pgflow' \
+            union all select f.prosrc from pg_catalog.pg_proc f where exists (select from pg_catalog.pg_depend d \
+                where d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass \
+                and d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and d.refobjid = f.oid)), \
+         names (n) as (select pg_catalog.unnest(array[{}]::pg_catalog.text[]) \
+            union select pg_catalog.split_part(set, '=', 1) from pg_catalog.pg_db_role_setting r, \
+                pg_catalog.unnest(r.setconfig) as set where r.setrole in (0, (select u.oid from pg_catalog.pg_roles u \
+                where u.rolname = {})) and r.setdatabase in (0, (select d.oid from pg_catalog.pg_database d \
+                where d.datname = pg_catalog.current_database())) \
+            union select found[1] from words, pg_catalog.regexp_matches(w, \
+                '''([A-Za-z_][A-Za-z0-9_$]*([.][A-Za-z_][A-Za-z0-9_$]*)+)''', 'g') as found), \
+         given (n, v) as (select distinct pg_catalog.lower(n), pg_catalog.current_setting(pg_catalog.lower(n), true) \
+            from names where n like '%.%') \
+         select said.s from (select 0, current_user::pg_catalog.text \
+            union all select 1, n || '=' || v from given where v is not null) as said (o, s) order by o, s",
+        names.join(", "),
+        quote::literal(user)
+    )
+}
+
+fn not_listening(error: &EventsError) -> ErrorResponse {
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
         EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
