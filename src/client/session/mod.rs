@@ -29,7 +29,7 @@ use tokio::time::Instant;
 
 use self::outside::Outside;
 use self::sharing::Shown;
-use self::subscriptions::Overheard;
+use self::subscriptions::{Named, Overheard};
 use self::tally::Tally;
 use super::error::SessionError;
 use super::live::{Live, Running, Standing};
@@ -156,8 +156,8 @@ struct Request {
     refused: bool,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
-    /// What of its last batch waits for such answers.
-    remainder: Option<Remainder>,
+    /// What of its last batch waits for such answers. (Boxed, as all that is rare: each idle session has room for it.)
+    remainder: Option<Box<Remainder>>,
     /// It was cancelled while it waited for a replica.
     cancelled: bool,
 }
@@ -173,12 +173,10 @@ struct Transaction {
     lent: Option<Vec<String>>,
     /// It ran LISTEN or UNLISTEN.
     subscribes: bool,
-    /// The channels of its LISTENs whose names the server cuts.
-    long_names: Vec<String>,
-    /// The channels of its UNLISTENs that name a cursor, which the server does not know.
-    left: Vec<String>,
+    /// The names of channels that mean more to the hub than to the server.
+    named: Vec<Named>,
     /// What its server was notified of, if it ran LISTEN or UNLISTEN.
-    heard: Overheard,
+    heard: Option<Box<Overheard>>,
     /// The queues it may put messages into.
     feeds: Feeds,
     /// It may have sent events.

@@ -246,7 +246,8 @@ impl Session {
             match (effect, &self.subscriber) {
                 (Effect::Listen(channel), _) => {
                     if truncate_identifier(channel) != channel {
-                        self.transaction.long_names.push(channel.clone());
+                        let named = Named::Listen(channel.clone());
+                        self.transaction.named.push(named);
                     }
                 }
                 // Only a statement that was prepared before and is bound in the middle of a request comes to a server that
@@ -255,7 +256,8 @@ impl Session {
                     if self.transaction.lent.is_none() {
                         subscriber.unlisten(channel);
                     } else if names_cursor(channel) {
-                        self.transaction.left.push(channel.clone());
+                        let named = Named::Unlisten(channel.clone());
+                        self.transaction.named.push(named);
                     }
                 }
                 (Effect::UnlistenAll, Some(subscriber)) => {
@@ -271,7 +273,8 @@ impl Session {
         }
         // Perhaps to before it; then what was left goes on, as far as we know.
         if self.exchange.error.is_some() || self.exchange.tag.is("ROLLBACK") {
-            self.transaction.left.clear();
+            let listens = |named: &Named| matches!(named, Named::Listen(_));
+            self.transaction.named.retain(listens);
         }
     }
 
@@ -294,8 +297,7 @@ impl Session {
     /// channel just joined is the hub's only from a moment after the commit.
     pub(super) async fn adopt_subscriptions(&mut self) -> Result<(), SessionError> {
         let lent = self.transaction.lent.take();
-        let long_names = std::mem::take(&mut self.transaction.long_names);
-        let left = std::mem::take(&mut self.transaction.left);
+        let named = std::mem::take(&mut self.transaction.named);
         self.transaction.subscribes = false;
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
@@ -312,8 +314,8 @@ impl Session {
         }
         let before: HashSet<&str> = lent.iter().map(|name| truncate_identifier(name)).collect();
         // The server listens to the plain name of what is left by the name it was asked for with.
-        for channel in &left {
-            if let Some(subscriber) = &self.subscriber {
+        for named in &named {
+            if let (Named::Unlisten(channel), Some(subscriber)) = (named, &self.subscriber) {
                 subscriber.unlisten(channel);
             }
         }
@@ -321,7 +323,10 @@ impl Session {
         let joined = listed.iter().filter(|name| !before.contains(name.as_str()));
         let joined: Vec<&String> = joined.collect();
         for channel in joined.iter().copied() {
-            let mut long = long_names.iter().rev();
+            let mut long = named.iter().rev().filter_map(|named| match named {
+                Named::Listen(name) => Some(name),
+                Named::Unlisten(_) => None,
+            });
             let long = long.find(|name| truncate_identifier(name) == channel);
             let listening = self.listen_committed(long.unwrap_or(channel)).await?;
             self.note_unheard(channel, listening)?;
@@ -345,7 +350,7 @@ impl Session {
             };
             let frames = split(frames.into());
             let joined = joined.into_iter().cloned().collect();
-            self.transaction.heard = Overheard { frames, joined };
+            self.transaction.heard = Some(Box::new(Overheard { frames, joined }));
         }
         Ok(())
     }
@@ -400,7 +405,7 @@ impl Session {
     /// Before it is told that its request is done, a session hears what was committed before: what others told it, and what it
     /// sent to itself, by whatever function or trigger. (sql-notify.html)
     pub(super) async fn hear_own(&mut self) -> Result<(), SessionError> {
-        let heard = std::mem::take(&mut self.transaction.heard);
+        let heard = self.transaction.heard.take();
         let Some(subscriber) = self.subscriber.as_ref().filter(|s| s.hears_ordinary()) else {
             return Ok(());
         };
@@ -410,7 +415,7 @@ impl Session {
         // Late is better than never: it comes when it comes.
         subscriber.catch_up(OWN_WAIT).await;
         let channels = subscriber.ordinary_channels();
-        let Overheard { mut frames, joined } = heard;
+        let Overheard { mut frames, joined } = heard.map(|heard| *heard).unwrap_or_default();
         frames.retain(|frame| channels.contains(notified_channel(frame)));
         let mut queued = Vec::new();
         let mut rest = subscriber.try_next();
@@ -562,6 +567,14 @@ fn not_listening(error: &EventsError) -> ErrorResponse {
                 .with_hint("Retry; see the proxy's log.")
         }
     }
+}
+
+/// A channel as a transaction named it.
+pub(super) enum Named {
+    /// The server cuts it.
+    Listen(String),
+    /// With a cursor: the server may listen to it without.
+    Unlisten(String),
 }
 
 /// What the server itself was told.
