@@ -23,7 +23,7 @@ use tokio_rustls::TlsConnector;
 use tracing::{info, warn};
 use url::{Host, Url};
 
-use super::jwt::{JwksError, PublicKey, public_keys};
+use super::jwt::{JwksError, PublicKey, public_keys, usable_keys};
 use crate::config::Jwks as Source;
 use crate::metrics::{Counter, Gauge, Registry};
 
@@ -173,6 +173,7 @@ impl Fetched {
     async fn keep(&self) {
         // `None`: not tried yet.
         let mut well = None;
+        let mut told = Vec::new();
         loop {
             let began = Instant::now();
             self.attempts
@@ -181,8 +182,15 @@ impl Fetched {
             let fetched = fetched.unwrap_or(Err(FetchError::Timeout(FETCH_MAX)));
             let was_well = well.replace(fetched.is_ok());
             match fetched {
-                Ok(keys) => {
+                Ok((keys, bad)) => {
                     self.succeeded.inc();
+                    let bad: Vec<_> = bad.iter().map(ToString::to_string).collect();
+                    // Once, until they are others.
+                    if !bad.is_empty() && bad != told {
+                        let keys = keys.len();
+                        warn!(url = %self.url, ?bad, keys, "http.jwks has keys that are passed over");
+                    }
+                    told = bad;
                     self.count
                         .set(i64::try_from(keys.len()).unwrap_or(i64::MAX));
                     if was_well == Some(false) {
@@ -217,7 +225,7 @@ impl Fetched {
         }
     }
 
-    async fn fetch(&self) -> Result<Vec<PublicKey>, FetchError> {
+    async fn fetch(&self) -> Result<(Vec<PublicKey>, Vec<JwksError>), FetchError> {
         let nameless = || io::Error::new(io::ErrorKind::InvalidInput, "no host");
         let port = self.url.port_or_known_default().ok_or_else(nameless)?;
         let (socket, name) = match self.url.host().ok_or_else(nameless)? {
@@ -240,7 +248,7 @@ impl Fetched {
         } else {
             self.get(socket).await?
         };
-        Ok(public_keys(&text)?)
+        Ok(usable_keys(&text)?)
     }
 
     async fn get(

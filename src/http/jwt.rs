@@ -202,59 +202,82 @@ impl Kind {
     }
 }
 
-/// Keys for something else (encryption, other curves) are passed over, as sets carry keys for many.
+/// Of a set that is ours to mend: one bad key and it is refused.
 pub(super) fn public_keys(text: &str) -> Result<Vec<PublicKey>, JwksError> {
+    all_keys(text)?.into_iter().collect()
+}
+
+/// Of a set that is somebody else's: bad keys are passed over, unless there is no other.
+pub(super) fn usable_keys(text: &str) -> Result<(Vec<PublicKey>, Vec<JwksError>), JwksError> {
+    let (mut usable, mut bad) = (Vec::new(), Vec::new());
+    for key in all_keys(text)? {
+        match key {
+            Ok(key) => usable.push(key),
+            Err(error) => bad.push(error),
+        }
+    }
+    if usable.is_empty() && !bad.is_empty() {
+        return Err(bad.swap_remove(0));
+    }
+    Ok((usable, bad))
+}
+
+/// Keys for something else (encryption, other curves) are passed over, as sets carry keys for many.
+fn all_keys(text: &str) -> Result<Vec<Result<PublicKey, JwksError>>, JwksError> {
     let set: Value = serde_json::from_str(text)?;
     let keys = set
         .get("keys")
         .and_then(Value::as_array)
         .ok_or(JwksError::NoKeys)?;
-    let mut public = Vec::new();
-    for (place, key) in keys.iter().enumerate() {
-        let word = |name| key.get(name).and_then(Value::as_str);
-        let refused = |reason| JwksError::Key { place, reason };
-        let part = |name, reason| word(name).and_then(decode).ok_or(refused(reason));
-        if word("use").is_some_and(|purpose| purpose != "sig") {
-            continue;
-        }
-        let kind = match (word("kty"), word("crv")) {
-            (Some("RSA"), _) => {
-                let n = part("n", "`n` is no base64url number")?;
-                if n.len() * 8 < RSA_BITS_MIN {
-                    return Err(refused("an RSA key needs 2048 bits"));
-                }
-                let e = part("e", "`e` is no base64url number")?;
-                Kind::Rsa { n, e }
-            }
-            (Some("EC"), Some("P-256")) => {
-                let (x, y) = (
-                    part("x", "`x` is no base64url number")?,
-                    part("y", "`y` is no base64url number")?,
-                );
-                if x.len() != 32 || y.len() != 32 {
-                    return Err(refused("`x` and `y` must have 32 bytes"));
-                }
-                // Uncompressed. (SEC 1, 2.3.3)
-                Kind::P256([&[4][..], &x, &y].concat())
-            }
-            (Some("OKP"), Some("Ed25519")) => {
-                let x = part("x", "`x` is no base64url number")?;
-                if x.len() != 32 {
-                    return Err(refused("`x` must have 32 bytes"));
-                }
-                Kind::Ed25519(x)
-            }
-            _ => continue,
-        };
-        if word("alg").is_some_and(|alg| alg != kind.alg()) {
-            continue;
-        }
-        public.push(PublicKey {
-            kid: word("kid").map(str::to_owned),
-            kind,
-        });
+    let keys = keys.iter().enumerate();
+    Ok(keys
+        .filter_map(|(place, key)| public_key(place, key).transpose())
+        .collect())
+}
+
+fn public_key(place: usize, key: &Value) -> Result<Option<PublicKey>, JwksError> {
+    let word = |name| key.get(name).and_then(Value::as_str);
+    let refused = |reason| JwksError::Key { place, reason };
+    let part = |name, reason| word(name).and_then(decode).ok_or(refused(reason));
+    if word("use").is_some_and(|purpose| purpose != "sig") {
+        return Ok(None);
     }
-    Ok(public)
+    let kind = match (word("kty"), word("crv")) {
+        (Some("RSA"), _) => {
+            let n = part("n", "`n` is no base64url number")?;
+            if n.len() * 8 < RSA_BITS_MIN {
+                return Err(refused("an RSA key needs 2048 bits"));
+            }
+            let e = part("e", "`e` is no base64url number")?;
+            Kind::Rsa { n, e }
+        }
+        (Some("EC"), Some("P-256")) => {
+            let (x, y) = (
+                part("x", "`x` is no base64url number")?,
+                part("y", "`y` is no base64url number")?,
+            );
+            if x.len() != 32 || y.len() != 32 {
+                return Err(refused("`x` and `y` must have 32 bytes"));
+            }
+            // Uncompressed. (SEC 1, 2.3.3)
+            Kind::P256([&[4][..], &x, &y].concat())
+        }
+        (Some("OKP"), Some("Ed25519")) => {
+            let x = part("x", "`x` is no base64url number")?;
+            if x.len() != 32 {
+                return Err(refused("`x` must have 32 bytes"));
+            }
+            Kind::Ed25519(x)
+        }
+        _ => return Ok(None),
+    };
+    if word("alg").is_some_and(|alg| alg != kind.alg()) {
+        return Ok(None);
+    }
+    Ok(Some(PublicKey {
+        kid: word("kid").map(str::to_owned),
+        kind,
+    }))
 }
 
 fn decode(text: &str) -> Option<Vec<u8>> {
@@ -449,6 +472,16 @@ mod tests {
         ];
         for (text, problem) in problems {
             assert_eq!(public_keys(text).unwrap_err().to_string(), problem);
+            assert_eq!(usable_keys(text).unwrap_err().to_string(), problem);
         }
+        let mixed = serde_json::json!({"keys": [
+            {"kty": "RSA", "n": "AQAB", "e": "AQAB"},
+            {"kty": "OKP", "crv": "Ed25519", "kid": "ed", "x": x},
+        ]})
+        .to_string();
+        assert!(public_keys(&mixed).is_err());
+        let (usable, bad) = usable_keys(&mixed).unwrap();
+        assert_eq!(usable.len(), 1);
+        assert_eq!(bad[0].to_string(), "key 0: an RSA key needs 2048 bits");
     }
 }
