@@ -9,11 +9,13 @@
 //! in one write.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::poll_fn;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -21,6 +23,7 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
+use hyper::body::Frame;
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -303,6 +306,21 @@ impl Begun {
     }
 }
 
+/// Stands in for a stream where only its head is wanted. An empty body has a length, and would have it told.
+struct Unmeasured;
+
+impl hyper::body::Body for Unmeasured {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(None)
+    }
+}
+
 impl Stream {
     fn new(
         state: &HttpState,
@@ -330,7 +348,7 @@ impl Stream {
     }
 
     fn respond(self) -> Response {
-        let mut response = Response::new(Body::empty());
+        let mut response = Response::new(Body::new(Unmeasured));
         let headers = response.headers_mut();
         for (name, value) in [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -357,6 +375,7 @@ impl Stream {
         let mut stopped = pin!(super::stopped(&mut stopping));
         // One for all that is due some time.
         let mut timer = pin!(sleep_until(self.due()));
+        let mut heard = 0;
         loop {
             // Before anything is given out, also to one that has read nothing for long.
             if !self.ended && self.look_due() <= Instant::now() {
@@ -366,7 +385,7 @@ impl Stream {
             self.ended |= *self.state.stopping.borrow();
             self.gather().await;
             if !self.next.is_empty() {
-                let batch = self.batch(chunked);
+                let batch = batch(&mut self.next, chunked);
                 socket.write_all(&batch).await?;
                 self.heartbeat_at = Instant::now() + HEARTBEAT;
                 continue;
@@ -396,10 +415,18 @@ impl Stream {
                     }
                     timer.as_mut().reset(self.due());
                 }
-                // Nothing it could still say matters but that it goes.
-                read = socket.read(&mut said) => if read? == 0 {
-                    return Ok(());
-                },
+                // Nothing it could still say matters but that it goes. Who goes on saying much does not know whom it talks to.
+                read = socket.read(&mut said) => {
+                    let count = read?;
+                    heard += count;
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    if heard > BATCH_BYTES {
+                        self.state.counters.talkative.inc();
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -419,22 +446,6 @@ impl Stream {
             self.take(delivery).await;
             bytes += self.next.iter().skip(before).map(Bytes::len).sum::<usize>();
         }
-    }
-
-    fn batch(&mut self, chunked: bool) -> Bytes {
-        let length: usize = self.next.iter().map(Bytes::len).sum();
-        let mut batch = BytesMut::with_capacity(length + 20);
-        if chunked {
-            batch.put_slice(format!("{length:x}\r\n").as_bytes());
-        }
-        // The room for them goes, too: most streams are idle most of the time.
-        for bytes in std::mem::take(&mut self.next) {
-            batch.put_slice(&bytes);
-        }
-        if chunked {
-            batch.put_slice(b"\r\n");
-        }
-        batch.freeze()
     }
 
     /// When to look whether the role may still see it.
@@ -612,6 +623,33 @@ impl Stream {
     }
 }
 
+/// What one write takes of what waits, one at least: before the next is written, rights are looked at again if that is due.
+fn batch(next: &mut VecDeque<Bytes>, chunked: bool) -> Bytes {
+    let (mut count, mut length) = (0, 0);
+    for bytes in next.iter() {
+        if count > 0 && length + bytes.len() > BATCH_BYTES {
+            break;
+        }
+        count += 1;
+        length += bytes.len();
+    }
+    let mut batch = BytesMut::with_capacity(length + 20);
+    if chunked {
+        batch.put_slice(format!("{length:x}\r\n").as_bytes());
+    }
+    for bytes in next.drain(..count) {
+        batch.put_slice(&bytes);
+    }
+    if chunked {
+        batch.put_slice(b"\r\n");
+    }
+    // The room for them goes, too: most streams are idle most of the time.
+    if next.is_empty() {
+        *next = VecDeque::new();
+    }
+    batch.freeze()
+}
+
 fn page_sql(scope: &Scope, at: &Cursor) -> String {
     let mut sql = format!(
         "select e.id, e.topic, e.seq, e.payload, pg_column_size(e.payload) as size from flowgate.event as e \
@@ -649,4 +687,33 @@ fn of_all(event: &Event, before: &Snapshot, now: &Snapshot) -> Bytes {
         now: now.clone(),
     };
     format!("id: {from}\ndata: {}\n\n", event.payload).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_write_takes_so_much_and_loses_nothing() {
+        let sizes = [10, BATCH_BYTES, 1, BATCH_BYTES - 1, 2, 3 * BATCH_BYTES, 7];
+        let waiting = || -> VecDeque<Bytes> {
+            let each = sizes.iter().zip(b'a'..);
+            each.map(|(size, byte)| vec![byte; *size].into()).collect()
+        };
+        let mut next = waiting();
+        let mut written = Vec::new();
+        let mut lengths = Vec::new();
+        while !next.is_empty() {
+            let batch = batch(&mut next, false);
+            lengths.push(batch.len());
+            written.extend_from_slice(&batch);
+        }
+        assert_eq!(
+            lengths,
+            [10, BATCH_BYTES, BATCH_BYTES, 2, 3 * BATCH_BYTES, 7]
+        );
+        assert_eq!(written, waiting().into_iter().flatten().collect::<Vec<_>>());
+        let mut next = VecDeque::from([Bytes::from_static(b"ab"), Bytes::from_static(b"c")]);
+        assert_eq!(batch(&mut next, true), "3\r\nabc\r\n");
+    }
 }

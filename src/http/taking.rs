@@ -15,7 +15,7 @@ use std::time::SystemTime;
 
 use axum::Router;
 use axum::body::Body;
-use axum::http::{Method, Version};
+use axum::http::{Method, Version, header};
 use axum::response::Response;
 use hyper::Request;
 use hyper::body::Incoming;
@@ -124,7 +124,14 @@ fn head(response: &Response, chunked: bool) -> Vec<u8> {
     let status = response.status();
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
-    for (name, value) in response.headers() {
+    // How long it is and what comes after is ours to say: a length beside chunks is two answers in one.
+    let ours = [
+        header::CONNECTION,
+        header::CONTENT_LENGTH,
+        header::TRANSFER_ENCODING,
+    ];
+    let headers = response.headers().iter();
+    for (name, value) in headers.filter(|(name, _)| !ours.contains(name)) {
         for word in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
             head.extend_from_slice(word);
         }
@@ -204,5 +211,28 @@ impl AsyncWrite for Lent {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.with(|seated| seated.poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_frames_its_stream_once() {
+        let response = Response::builder()
+            .header("content-length", "0")
+            .header("connection", "keep-alive")
+            .header("transfer-encoding", "gzip")
+            .header("x-own", "kept")
+            .body(Body::empty())
+            .unwrap();
+        for (chunked, framing) in [(true, "transfer-encoding: chunked\r\n"), (false, "")] {
+            let head = String::from_utf8(head(&response, chunked)).unwrap();
+            let start =
+                format!("HTTP/1.1 200 OK\r\nx-own: kept\r\nconnection: close\r\n{framing}date: ");
+            assert!(head.starts_with(&start), "{head}");
+            assert!(head.ends_with(" GMT\r\n\r\n"), "{head}");
+        }
     }
 }

@@ -771,6 +771,8 @@ async fn a_stream_begins_behind_what_was_asked_before_it_on_its_connection() {
     let (before, stream) = heard.rsplit_once("HTTP/1.1 200 OK").unwrap();
     assert!(stream.contains("content-type: text/event-stream"));
     assert!(stream.contains("transfer-encoding: chunked") && stream.contains("\r\ndate: "));
+    let (head, _) = stream.split_once("\r\n\r\n").unwrap();
+    assert!(!head.contains("content-length"), "{head}");
     assert!(!before.contains("event-stream"));
     stage.proxy.shut_down().await;
 }
@@ -787,6 +789,7 @@ async fn a_stream_has_no_body_for_head_and_no_chunks_for_an_old_client() {
         head.headers["content-type"],
         "text/event-stream; charset=utf-8"
     );
+    assert!(!head.headers.contains_key("content-length"));
     let mut old = TcpStream::connect(stage.at).await.unwrap();
     let asked = format!("GET {path} HTTP/1.0\r\n{token}\r\n\r\n");
     old.write_all(asked.as_bytes()).await.unwrap();
@@ -801,6 +804,7 @@ async fn a_stream_has_no_body_for_head_and_no_chunks_for_an_old_client() {
     let heard = String::from_utf8(heard).unwrap();
     let (head, body) = heard.split_once("\r\n\r\n").unwrap();
     assert!(!head.contains("transfer-encoding"), "{head}");
+    assert!(!head.contains("content-length"), "{head}");
     assert!(body.starts_with("retry: 1000\n\nid: "), "{body}");
     // It is told apart from one that is idle: the server sees that it goes.
     drop(old);
