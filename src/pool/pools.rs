@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info};
 
+pub(crate) use super::budget::Adapted;
 use super::budget::{Budget, Load};
 use super::checkout::{Common, Counters, Pool, Standing, lock};
 use super::stats::DatabaseStats;
@@ -169,7 +170,10 @@ impl Pools {
         Ok(NewUpstream(Arc::new(Endpoint {
             connector: Arc::new(connector),
             control_role: Credentials::of_control_role(&upstream.url),
-            budget: Arc::new(Budget::new(&lock(&self.settings))),
+            budget: Arc::new(Budget::new(
+                &lock(&self.settings),
+                self.common.shed.adaptive,
+            )),
             addresses: Mutex::default(),
             in_use: AtomicBool::new(true),
             upstream: Arc::clone(upstream),
@@ -474,6 +478,12 @@ impl Pools {
     pub(crate) fn load(&self, upstream: UpstreamId) -> Option<Load> {
         let endpoint = lock(&self.endpoints).get(&upstream).cloned()?;
         Some(endpoint.budget.load())
+    }
+
+    /// `None`: without `shed.adaptive`.
+    pub(crate) fn adapted(&self, upstream: UpstreamId) -> Option<Adapted> {
+        let endpoint = lock(&self.endpoints).get(&upstream).cloned()?;
+        endpoint.budget.adapted()
     }
 
     /// Host names, not addresses, of the upstreams.

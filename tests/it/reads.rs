@@ -519,6 +519,18 @@ async fn a_session_that_asks_is_told_where_each_request_goes_and_gets_the_same_a
         assert!(told[0].ends_with(is), "{sql}: {told:?}");
     }
     assert_eq!(tags(&client.ask_frames(&query("unlisten *")).await), "NCZ");
+    // The first of its kind finds out what there is; the other waits here.
+    for _ in 0..2 {
+        let poll = "select * from pgflow.read_with_poll('greet', 1, 1, 1, 50)";
+        let answer = client.ask_frames(&query(poll)).await;
+        assert_eq!(tags(&answer), "NTCZ", "{}", transcript(&answer));
+        assert_eq!(
+            told(&answer),
+            [
+                "Statement: a poll for work; Goes to: flowgate, until its queue may have something; then the primary"
+            ]
+        );
+    }
     wait_until("the replica is fresh", PATIENCE, async || {
         let answer = client.ask_frames(&query("table pgflow.flows")).await;
         assert!(tags(&answer).ends_with("TDCZ"), "{}", transcript(&answer));

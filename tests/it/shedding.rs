@@ -440,3 +440,70 @@ async fn a_read_with_an_older_answer_is_told_it_while_others_wait_for_the_same()
     assert_eq!(first_columns(&answer), ["2"]);
     proxy.shut_down().await;
 }
+
+#[tokio::test]
+async fn an_adaptive_limit_falls_when_all_grows_slow_starves_nobody_and_rises_again() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |config| {
+        config.pool.size = 20.try_into().unwrap();
+        config.shed.adaptive = true;
+    })
+    .await;
+    let console = proxy.console().await;
+    let limits = async || row(&console, "SHOW LIMITS", "class", "other").await;
+    let limit = async || {
+        let limits = limits().await;
+        limits["adaptive_limit"].parse::<usize>().unwrap()
+    };
+    assert_eq!(limit().await, 20);
+    // More than the floor: they keep their servers, and count for nothing while they ask for nothing.
+    let mut holders = Vec::new();
+    for _ in 0..6 {
+        let holder = proxy.connect().await;
+        holder.batch_execute("begin").await.unwrap();
+        holders.push(holder);
+    }
+    let quick = proxy.connect().await;
+    wait_until("it is known what is usual", PATIENCE, async || {
+        for _ in 0..20 {
+            assert_eq!(text(&quick, "select 1").await, "1");
+        }
+        limits().await.contains_key("usual_us")
+    })
+    .await;
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let (client, stopped) = (proxy.connect().await, stopped.clone());
+        clients.spawn(async move {
+            let mut served = 0;
+            while !*stopped.borrow() {
+                client.batch_execute("select pg_sleep(0.15)").await.unwrap();
+                served += 1;
+            }
+            served
+        });
+    }
+    wait_until("it falls to its floor", PATIENCE, async || {
+        limit().await <= 5
+    })
+    .await;
+    wait_until("that has become usual", PATIENCE, async || {
+        limit().await >= 7
+    })
+    .await;
+    let shown = limits().await;
+    assert!(shown["busy"].parse::<usize>().unwrap() <= 20, "{shown:?}");
+    assert!(shown["latency_us"].parse::<u64>().unwrap() >= 150_000);
+    stop.send(true).unwrap();
+    let served = clients.join_all().await;
+    assert!(served.iter().all(|served| *served > 0), "{served:?}");
+    for holder in &holders {
+        holder.batch_execute("commit").await.unwrap();
+    }
+    wait_until("nobody keeps any busy", PATIENCE, async || {
+        limits().await["busy"] == "0"
+    })
+    .await;
+    proxy.shut_down().await;
+}

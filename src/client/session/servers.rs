@@ -25,7 +25,8 @@ impl Session {
     /// settings.
     pub(super) async fn hold(&mut self, upstream: usize) -> Result<(), CheckoutError> {
         let began = Instant::now();
-        if let Some(lease) = &self.lease {
+        if let Some(lease) = &mut self.lease {
+            lease.resume();
             let (now, opens) = (began, lease.tx == TxStatus::Idle);
             lease.record.note_request(now);
             self.entry().note_request(now);
