@@ -37,7 +37,11 @@ const WORKER: &str = "67e55044-10b1-426f-9247-bb680e5fe0c8";
 
 /// Of Flowgate: its name here, whether it has the replica, and what it is told.
 type Setting = (&'static str, bool, &'static [(&'static str, &'static str)]);
-const SETTINGS: [Setting; 4] = [
+const SAMPLED: [(&str, &str); 2] = [
+    ("FLOWGATE_ROUTE__SAMPLE_MS", "100"),
+    ("FLOWGATE_ROUTE__REPLICA_WAIT_MS", "400"),
+];
+const SETTINGS: [Setting; 6] = [
     ("flowgate", false, &[]),
     ("flowgate, replica", true, &[]),
     (
@@ -49,6 +53,16 @@ const SETTINGS: [Setting; 4] = [
         "flowgate, replica, kept 250 ms",
         true,
         &[("FLOWGATE_CACHE__MAX_AGE_MS", "250")],
+    ),
+    ("flowgate, replica, sampled every 100 ms", true, &SAMPLED),
+    (
+        "flowgate, replica, sampled every 100 ms, kept 250 ms",
+        true,
+        &[
+            SAMPLED[0],
+            SAMPLED[1],
+            ("FLOWGATE_CACHE__MAX_AGE_MS", "250"),
+        ],
     ),
 ];
 

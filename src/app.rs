@@ -284,8 +284,8 @@ fn classifier(reads: Reads) -> Result<Arc<Classifier>, AppError> {
 fn freshness(upstreams: &[Arc<Upstream>], config: &Config, control: &Handle) -> Option<Freshness> {
     let (primary, replicas) = upstreams.split_first()?;
     let (primary, replicas) = (Arc::clone(primary), replicas.to_vec());
-    let timeout = config.pool.connect_timeout;
-    (!replicas.is_empty()).then(|| Freshness::start(primary, replicas, timeout, control))
+    let (timeout, spacing) = (config.pool.connect_timeout, config.route.sample);
+    (!replicas.is_empty()).then(|| Freshness::start(primary, replicas, timeout, spacing, control))
 }
 
 /// How and when the end comes, for whoever may ask for it.

@@ -588,10 +588,21 @@ impl Check {
             ("eventual", Consistency::Eventual),
             ("primary", Consistency::Primary),
         ];
+        let replica_wait =
+            self.millis("route.replica_wait_ms", raw.replica_wait_ms, 20, 0..=60_000);
+        let sample = self.millis("route.sample_ms", raw.sample_ms, 2, 1..=1000);
+        if raw.sample_ms.is_some() && sample >= replica_wait {
+            let waits = replica_wait.as_millis();
+            self.problem(
+                "route.sample_ms",
+                format!("must be less than route.replica_wait_ms ({waits}): no read would wait for the next sample"),
+            );
+        }
         Route {
             reads: self.word("route.reads", raw.reads, &reads),
             consistency: self.word("route.consistency", raw.consistency, &consistency),
-            replica_wait: self.millis("route.replica_wait_ms", raw.replica_wait_ms, 20, 0..=60_000),
+            replica_wait,
+            sample,
         }
     }
 

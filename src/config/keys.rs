@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::spell;
-use super::{AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Listen, Names, Role};
+use super::{
+    AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Listen, Names, Role, Route,
+};
 
 /// One key as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,6 +125,7 @@ const ROWS: &[Row] = &[
     row!("route.reads", Reload, word, route.reads),
     row!("route.consistency", Reload, word, route.consistency),
     row!("route.replica_wait_ms", Reload, millis, route.replica_wait),
+    row!("route.sample_ms", Restart, millis, route.sample),
     row!("cache.max_age_ms", Restart, millis, cache.max_age),
     row!("cache.max_bytes", Restart, plain, cache.max_bytes),
     row!("poll.park", Restart, plain, poll.park),
@@ -193,6 +196,10 @@ pub fn live_part(running: &Config, wanted: Config) -> Config {
         primary: kept.primary,
         replication: kept.replication,
         cluster: kept.cluster,
+        route: Route {
+            sample: kept.route.sample,
+            ..wanted.route
+        },
         cache: kept.cache,
         poll: kept.poll,
         shed: kept.shed,

@@ -265,6 +265,7 @@ pub struct Route {
     pub reads: Reads,
     pub consistency: Consistency,
     pub replica_wait: Duration,
+    pub sample: Duration,
 }
 
 /// `route.reads`

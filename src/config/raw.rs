@@ -137,6 +137,7 @@ pub(super) struct Route {
     pub(super) reads: Option<String>,
     pub(super) consistency: Option<String>,
     pub(super) replica_wait_ms: Option<i64>,
+    pub(super) sample_ms: Option<i64>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

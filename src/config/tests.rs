@@ -113,7 +113,7 @@ fn every_value_said_arrives() {
         console = {{ admin_users = ["ada"], stats_users = ["bob", "carl"] }}
         pool = {{ mode = "session", size = 4, min_size = 3, reserve_size = 21, reserve_timeout = "22s", max_server_connections = 23, connects_at_once = 24, max_clients = 5, checkout_timeout = "6ms0", notice_after = "25s", connect_timeout = "7s", server_idle = "8m", server_lifetime = "9h", server_check = "off", dns_ttl = "26s" }}
         role = [{{ name = "d", priority = "low", max_servers = 6, stale = false }}, {{ name = "e", priority = "high" }}]
-        route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10 }}
+        route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10, sample_ms = 9 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
         poll = {{ park = false, probe_ms = 13 }}
         shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16, adaptive = true }}
@@ -219,6 +219,7 @@ fn every_value_said_arrives() {
             reads: Reads::All,
             consistency: Consistency::Eventual,
             replica_wait: Duration::from_millis(10),
+            sample: Duration::from_millis(9),
         },
         cache: Cache {
             max_age: Duration::from_millis(11),
@@ -506,6 +507,10 @@ fn values_out_of_range_are_refused() {
     check(
         "[route]\nreplica_wait_ms = -5",
         "route.replica_wait_ms: must be at least 0, not -5 (f.toml:2)",
+    );
+    check(
+        "[route]\nsample_ms = 20",
+        "route.sample_ms: must be less than route.replica_wait_ms (20): no read would wait for the next sample (f.toml:2)",
     );
     check(
         "[pool]\nserver_idle = \"0s\"",
@@ -864,6 +869,7 @@ fn what_a_reload_does_not_change_stays_as_it_was() {
             pool = {{ size = 4 }}
             replication = {{ max_connections = 27 }}
             cluster = {{ address = "me:1", peers = ["you:2"], forwards_max = 4 }}
+            route = {{ sample_ms = 9 }}
             cache = {{ max_age_ms = 11, max_bytes = 12 }}
             poll = {{ park = false, probe_ms = 13 }}
             shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16, adaptive = true }}

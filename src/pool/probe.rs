@@ -28,7 +28,7 @@ use crate::upstream::Upstream;
 const APPLICATION: &str = "flowgate probe";
 /// Samples kept. Equal positions are one sample, so an idle primary fills one.
 const SAMPLES: usize = 2048;
-/// Between two samples of one server.
+/// Between two samples of a replica.
 const SPACING: Duration = Duration::from_millis(2);
 /// Without demand.
 const HEALTH: Duration = Duration::from_secs(1);
@@ -53,6 +53,8 @@ struct Shared {
     primary: Arc<Upstream>,
     replicas: Vec<Arc<Upstream>>,
     connect_timeout: Duration,
+    /// `route.sample_ms`: between two samples of the primary.
+    spacing: Duration,
     window: Mutex<Window>,
     /// The window has news for whoever waits.
     news: Notify,
@@ -65,6 +67,7 @@ impl Freshness {
         primary: Arc<Upstream>,
         replicas: Vec<Arc<Upstream>>,
         connect_timeout: Duration,
+        spacing: Duration,
         handle: &Handle,
     ) -> Self {
         let shared = Arc::new(Shared {
@@ -73,6 +76,7 @@ impl Freshness {
             primary,
             replicas,
             connect_timeout,
+            spacing,
             news: Notify::new(),
             sample_primary: Notify::new(),
         });
@@ -563,7 +567,7 @@ async fn sample_primary(shared: &Shared, client: &Client) -> Result<Never, Probe
         shared.news.notify_waiters();
         shared.primary.set_lsn(lsn);
         entered(&shared.primary);
-        sleep_until(started + SPACING).await;
+        sleep_until(started + shared.spacing).await;
         if !shared.window().wants_primary() {
             tokio::select! {
                 () = shared.sample_primary.notified() => {}

@@ -160,7 +160,7 @@ impl Session {
                         *at -= done;
                     }
                 }
-                self.request.remainder = Some(remainder);
+                self.request.remainder = Some(Box::new(remainder));
                 self.exchange.phase = Phase::Settling;
                 lease.in_flight = true;
                 return;
@@ -212,7 +212,7 @@ impl Session {
     /// The next messages of an open request.
     pub(super) async fn put_more(&mut self) -> Result<(), SessionError> {
         if let Some(remainder) = self.request.remainder.take() {
-            self.put_remainder(remainder);
+            self.put_remainder(*remainder);
             return Ok(());
         }
         match self.grouping.next_open(self.client.input.bytes())? {

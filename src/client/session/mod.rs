@@ -162,8 +162,8 @@ struct Request {
     unexplained: Option<Box<Unexplained>>,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
-    /// What of its last batch waits for such answers.
-    remainder: Option<Remainder>,
+    /// What of its last batch waits for such answers. (Boxed, as all that is rare: each idle session has room for it.)
+    remainder: Option<Box<Remainder>>,
     /// It was cancelled while it waited for a replica.
     cancelled: bool,
 }
@@ -191,7 +191,7 @@ struct Transaction {
     /// The channels of its LISTENs whose names the server cuts.
     long_names: Vec<String>,
     /// What its server was notified of, if it ran LISTEN or UNLISTEN.
-    heard: Overheard,
+    heard: Option<Box<Overheard>>,
     /// The queues it may put messages into.
     feeds: Feeds,
     /// It may have sent events.

@@ -308,7 +308,7 @@ impl Session {
                 return Err(SessionError::Cut("TooSlow".into()));
             };
             let frames = split(frames.into());
-            self.transaction.heard = Overheard { frames, joined };
+            self.transaction.heard = Some(Box::new(Overheard { frames, joined }));
         }
         Ok(())
     }
@@ -363,7 +363,7 @@ impl Session {
     /// Before it is told that its request is done, a session hears what was committed before: what others told it, and what it
     /// sent to itself, by whatever function or trigger. (sql-notify.html)
     pub(super) async fn hear_own(&mut self) -> Result<(), SessionError> {
-        let heard = std::mem::take(&mut self.transaction.heard);
+        let heard = self.transaction.heard.take();
         let Some(subscriber) = self.subscriber.as_ref().filter(|s| s.hears_ordinary()) else {
             return Ok(());
         };
@@ -373,7 +373,7 @@ impl Session {
         // Late is better than never: it comes when it comes.
         subscriber.catch_up(OWN_WAIT).await;
         let channels = subscriber.ordinary_channels();
-        let Overheard { mut frames, joined } = heard;
+        let Overheard { mut frames, joined } = heard.map(|heard| *heard).unwrap_or_default();
         frames.retain(|frame| channels.contains(notified_channel(frame)));
         let mut queued = Vec::new();
         let mut rest = subscriber.try_next();
