@@ -274,6 +274,8 @@ struct Scene {
     stop: AtomicBool,
     tell: mpsc::Sender<Seen>,
     paces: Paces,
+    /// Reads answered from memory under load.
+    older: AtomicU64,
 }
 
 async fn one(
@@ -296,11 +298,11 @@ async fn one(
         stop: AtomicBool::new(false),
         tell,
         paces,
+        older: AtomicU64::new(0),
     });
-    let old = Arc::new(AtomicU64::new(0));
     let mut clients = JoinSet::new();
     for (at, client) in connected.into_iter().enumerate() {
-        let (scene, old) = (Arc::clone(&scene), Arc::clone(&old));
+        let scene = Arc::clone(&scene);
         let run = runs[at % runs.len()].clone();
         clients.spawn(async move {
             let done = if at < crowd.workers {
@@ -308,13 +310,12 @@ async fn one(
             } else if at < crowd.workers + crowd.starters {
                 begin(&client.client, &scene).await
             } else {
-                look(&client.client, &run, &scene).await
+                look(&client, &run, &scene).await
             };
             if let Err(error) = done {
                 // Nobody listens any more when the phase is over.
                 drop(scene.tell.send(Seen::Dropped(format!("{error:#}"))).await);
             }
-            old.fetch_add(client.notices.load(Ordering::Relaxed), Ordering::Relaxed);
         });
     }
     let gather = tokio::spawn(async move {
@@ -354,12 +355,13 @@ async fn one(
     while let Some(joined) = clients.join_next().await {
         joined?;
     }
+    let older = scene.older.load(Ordering::Relaxed);
     drop(scene);
     let (classes, dropped) = gather.await?;
     Ok(Phase {
         seconds,
         classes,
-        older: old.load(Ordering::Relaxed),
+        older,
         dropped,
         well_again,
     })
@@ -475,7 +477,7 @@ async fn begin(client: &Client, scene: &Scene) -> anyhow::Result<()> {
 }
 
 /// A dashboard: one run's state, and the list of the latest.
-async fn look(client: &Client, run: &str, scene: &Scene) -> anyhow::Result<()> {
+async fn look(client: &Connected, run: &str, scene: &Scene) -> anyhow::Result<()> {
     let reads = [
         format!("select pgflow.get_run_with_states('{run}')"),
         "select run_id, status from pgflow.runs order by started_at desc limit 20".to_owned(),
@@ -485,7 +487,11 @@ async fn look(client: &Client, run: &str, scene: &Scene) -> anyhow::Result<()> {
         if !scene.goes_on() {
             break;
         }
-        scene.ask(client, Class::Read, read).await?;
+        let before = client.notices.load(Ordering::Relaxed);
+        scene.ask(&client.client, Class::Read, read).await?;
+        if scene.goes_on() && client.notices.load(Ordering::Relaxed) > before {
+            scene.older.fetch_add(1, Ordering::Relaxed);
+        }
     }
     Ok(())
 }

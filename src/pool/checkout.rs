@@ -100,7 +100,7 @@ impl Books {
             return Some(early);
         }
         // What it has waited elsewhere counts.
-        Some(early.max(wish.came + shed.window))
+        Some(early.max(wish.came + shed.look()))
     }
 }
 

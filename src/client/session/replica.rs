@@ -78,7 +78,7 @@ impl Session {
         if !overloaded || !self.rank().gives_way() {
             return wait;
         }
-        let until = came + self.live.config.shed.window;
+        let until = came + self.live.config.shed.look();
         wait.min(until.saturating_duration_since(Instant::now()))
     }
 

@@ -243,7 +243,7 @@ impl Session {
         let wait = slot.wait();
         let mut others = pin!(others);
         let window = self.live.config.shed.window;
-        let mut look = began + window;
+        let mut look = began + self.live.config.shed.look();
         loop {
             tokio::select! {
                 biased;
@@ -260,7 +260,7 @@ impl Session {
 
     /// A read that came then would only wait for a server in vain, or has something to fall back on.
     fn has_no_prospect(&mut self, began: Instant) -> bool {
-        if began.elapsed() < self.live.config.shed.window {
+        if began.elapsed() < self.live.config.shed.look() {
             return false;
         }
         self.request.older.is_some()
