@@ -570,6 +570,7 @@ impl Session {
         before: TxStatus,
         after: TxStatus,
     ) -> Result<(), SessionError> {
+        self.key.slot.note_turn();
         let there = self.lease.as_ref().map(|lease| &lease.statements);
         self.prepared.settle(self.exchange.confirmed, there);
         self.take_back_statements().await?;

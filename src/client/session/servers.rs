@@ -31,6 +31,7 @@ impl Session {
             lease.record.note_request(now);
             self.entry().note_request(now);
             self.tally.begin(now, opens);
+            self.key.slot.note_turn();
             return Ok(());
         }
         if std::mem::take(&mut self.request.cancelled) {
@@ -113,7 +114,16 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                lease = &mut checkout => return lease,
+                lease = &mut checkout => {
+                    let lease = lease?;
+                    if wait.hold(&lease.key) {
+                        return Ok(lease);
+                    }
+                    if let Some(clean) = reset::prove(&lease) {
+                        lease.check_in(clean, Some(self.id), Instant::now());
+                    }
+                    return Err(CheckoutError::Cancelled);
+                }
                 () = wait.cancelled() => return Err(CheckoutError::Cancelled),
                 () = poll_fn(|cx| self.notice.poll_until(cx, notice.unwrap_or(began))), if notice.is_some() => {
                     still_waiting(began.elapsed(), pool.counts()).put(&mut self.client.output);
