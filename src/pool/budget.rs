@@ -1,5 +1,4 @@
-//! What one upstream bears over all its pools: how many servers at once, and how many logging in; with `shed.adaptive` also how many
-//! at once seem to do it good (`limiter.rs`), beside those that idle in their clients' transactions. Whoever finds no room
+//! What one upstream bears over all its pools: how many servers at once, and how many logging in. Whoever finds no room
 //! waits in its own pool; the pools that starve so stand here in a line, and room that comes free is offered along it.
 //! Called by `checkout.rs` and `pools.rs`.
 //!
@@ -8,42 +7,18 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::checkout::Pool;
-use super::limiter::{Found, Limiter};
 use super::shelf::Rooms;
 use crate::config;
-
-/// An adaptive limit is never lower.
-const FLOOR: usize = 4;
 
 /// One upstream's.
 pub(crate) struct Budget {
     state: Mutex<State>,
     /// Pools in line: a glance without the lock.
     starving: AtomicUsize,
-    adaptive: Option<Adaptive>,
-}
-
-/// With `shed.adaptive`.
-struct Adaptive {
-    limiter: Mutex<Limiter>,
-    /// The limiter's limit.
-    limit: AtomicUsize,
-    /// Servers on loan.
-    lent: AtomicUsize,
-    /// Those of them that no request keeps busy.
-    resting: AtomicUsize,
-}
-
-/// How an upstream's adaptive limit stands.
-pub(crate) struct Adapted {
-    pub(crate) found: Found,
-    /// Servers that requests keep busy.
-    pub(crate) busy: usize,
 }
 
 struct State {
@@ -59,8 +34,6 @@ struct State {
 struct Bounds {
     open: usize,
     connecting: usize,
-    /// Of one pool.
-    size: usize,
 }
 
 /// How full an upstream is.
@@ -94,54 +67,13 @@ impl Bounds {
                 .max_server_connections
                 .map_or(usize::MAX, std::num::NonZero::get),
             connecting: settings.connects_at_once.get(),
-            size: settings.size.get(),
         }
-    }
-
-    /// No limit need be higher.
-    fn ceiling(self, pools: usize) -> usize {
-        self.size.saturating_mul(pools.max(1)).min(self.open)
-    }
-}
-
-impl Adaptive {
-    fn new(bounds: Bounds) -> Self {
-        let limiter = Limiter::new(FLOOR.min(bounds.size), bounds.ceiling(1));
-        Self {
-            limit: AtomicUsize::new(limiter.limit()),
-            limiter: Mutex::new(limiter),
-            lent: AtomicUsize::new(0),
-            resting: AtomicUsize::new(0),
-        }
-    }
-
-    fn busy(&self) -> usize {
-        let lent = self.lent.load(Ordering::Relaxed);
-        lent.saturating_sub(self.resting.load(Ordering::Relaxed))
-    }
-
-    /// So many servers may be open.
-    fn open_max(&self) -> usize {
-        let limit = self.limit.load(Ordering::Relaxed);
-        limit.saturating_add(self.resting.load(Ordering::Relaxed))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Limiter> {
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn resize(&self, bounds: Bounds, pools: usize) {
-        let mut limiter = self.lock();
-        limiter.resize(FLOOR.min(bounds.size), bounds.ceiling(pools));
-        self.limit.store(limiter.limit(), Ordering::Relaxed);
     }
 }
 
 impl Budget {
-    pub(super) fn new(settings: &config::Pool, adaptive: bool) -> Self {
-        let adaptive = adaptive.then(|| Adaptive::new(Bounds::of(settings)));
+    pub(super) fn new(settings: &config::Pool) -> Self {
         Self {
-            adaptive,
             state: Mutex::new(State {
                 open: 0,
                 connecting: 0,
@@ -158,99 +90,12 @@ impl Budget {
         let mut state = self.lock();
         state.pools.retain(|pool| pool.strong_count() > 0);
         state.pools.push(Arc::downgrade(pool));
-        self.adapt(&state);
-    }
-
-    fn adapt(&self, state: &State) {
-        if let Some(adaptive) = &self.adaptive {
-            adaptive.resize(state.bounds, state.pools.len());
-        }
     }
 
     /// From now on. What is open stays, until it comes back.
     pub(super) fn resize(&self, settings: &config::Pool) {
-        {
-            let mut state = self.lock();
-            state.bounds = Bounds::of(settings);
-            self.adapt(&state);
-        }
+        self.lock().bounds = Bounds::of(settings);
         self.serve();
-    }
-
-    // ---- With an adaptive limit. ----
-
-    pub(super) fn note_lent(&self) {
-        if let Some(adaptive) = &self.adaptive {
-            adaptive.lent.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// `rested`: it was between two requests of its client's.
-    pub(super) fn note_returned(&self, rested: bool) {
-        if let Some(adaptive) = &self.adaptive {
-            adaptive.lent.fetch_sub(1, Ordering::Relaxed);
-            if rested {
-                adaptive.resting.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-    }
-
-    /// A server on loan is, or is not any more, between two requests of its client's. `false`: it makes no difference.
-    pub(super) fn note_rest(&self, rests: bool) -> bool {
-        let Some(adaptive) = &self.adaptive else {
-            return false;
-        };
-        if rests {
-            adaptive.resting.fetch_add(1, Ordering::Relaxed);
-            // What it does not use, others may.
-            self.serve();
-        } else {
-            adaptive.resting.fetch_sub(1, Ordering::Relaxed);
-        }
-        true
-    }
-
-    /// A request has taken so long.
-    pub(super) fn note_took(&self, took: Duration, now: Instant) {
-        let Some(adaptive) = &self.adaptive else {
-            return;
-        };
-        let mut limiter = adaptive.lock();
-        let before = limiter.limit();
-        if limiter.sample(took, adaptive.busy(), now) {
-            adaptive.limit.store(limiter.limit(), Ordering::Relaxed);
-        }
-        let more = limiter.limit() > before;
-        drop(limiter);
-        if more {
-            self.serve();
-        }
-    }
-
-    pub(super) fn adapted(&self) -> Option<Adapted> {
-        let adaptive = self.adaptive.as_ref()?;
-        let found = adaptive.lock().found();
-        Some(Adapted {
-            found,
-            busy: adaptive.busy(),
-        })
-    }
-
-    /// More servers are open than may be: one that comes back is one too many.
-    pub(super) fn is_exceeded(&self) -> bool {
-        self.adaptive
-            .as_ref()
-            .is_some_and(|adaptive| self.lock().open > adaptive.open_max())
-    }
-
-    /// So many servers may be open.
-    fn open_max(&self, state: &State) -> usize {
-        let adapted = self.adaptive.as_ref().map(Adaptive::open_max);
-        state.bounds.open.min(adapted.unwrap_or(usize::MAX))
-    }
-
-    fn has_room(&self, state: &State) -> bool {
-        state.open < self.open_max(state) && state.connecting < state.bounds.connecting
     }
 
     pub(super) fn load(&self) -> Load {
@@ -272,10 +117,10 @@ impl Budget {
             state.line.push(Arc::downgrade(pool));
             self.starving.store(state.line.len(), Ordering::Relaxed);
         }
-        if self.has_room(&state) {
+        if state.has_room() {
             return true;
         }
-        if state.open < self.open_max(&state) {
+        if state.open < state.bounds.open {
             return false;
         }
         let others: Vec<_> = state
@@ -303,7 +148,7 @@ impl Budget {
         }
         let rivals: Vec<_> = {
             let state = self.lock();
-            if state.open < self.open_max(&state) {
+            if state.open < state.bounds.open {
                 return None;
             }
             let others = state.line.iter().filter(|other| !is(other, pool));
@@ -358,6 +203,12 @@ fn is(known: &Weak<Pool>, pool: &Arc<Pool>) -> bool {
     std::ptr::eq(known.as_ptr(), Arc::as_ptr(pool))
 }
 
+impl State {
+    fn has_room(&self) -> bool {
+        self.open < self.bounds.open && self.connecting < self.bounds.connecting
+    }
+}
+
 /// The budget as the books ask it.
 pub(super) struct Ask<'a>(pub(super) &'a Arc<Budget>);
 
@@ -366,7 +217,7 @@ impl Rooms for Ask<'_> {
 
     fn open(&mut self) -> Option<Room> {
         let mut state = self.0.lock();
-        if !self.0.has_room(&state) {
+        if !state.has_room() {
             return None;
         }
         state.open += 1;

@@ -687,7 +687,6 @@ impl Pool {
     fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>) {
         let now = server.conn.idle_since;
         let rival = self.budget.rival_since(self);
-        let exceeded = self.budget.is_exceeded();
         let put = {
             let mut books = lock(&self.books);
             // To nobody here, or to somebody who has come much later.
@@ -695,8 +694,7 @@ impl Pool {
                 None => true,
                 Some(own) => since < own && now.saturating_duration_since(since) > YIELD_AFTER,
             };
-            let unwanted = exceeded
-                || server.conn.record.close_needed()
+            let unwanted = server.conn.record.close_needed()
                 || books.terms.is_old(&server.conn, now)
                 || rival.is_some_and(yields);
             if unwanted {
@@ -1040,35 +1038,14 @@ impl Drop for Slot {
 pub(crate) struct Checkout {
     server: Option<Box<Pooled>>,
     pool: Arc<Pool>,
-    /// It is between two requests, and that is counted.
-    rests: bool,
 }
 
 impl Checkout {
     fn new(server: Box<Pooled>, pool: &Arc<Pool>) -> Self {
-        pool.budget.note_lent();
         Self {
             server: Some(server),
             pool: Arc::clone(pool),
-            rests: false,
         }
-    }
-
-    /// Its client keeps it, and asks nothing.
-    pub(crate) fn rest(&mut self) {
-        self.rests = self.rests || self.pool.budget.note_rest(true);
-    }
-
-    /// Its client asks again.
-    pub(crate) fn resume(&mut self) {
-        if std::mem::take(&mut self.rests) {
-            self.pool.budget.note_rest(false);
-        }
-    }
-
-    /// A request has taken it so long.
-    pub(crate) fn note_took(&self, took: Duration, now: Instant) {
-        self.pool.budget.note_took(took, now);
     }
 
     /// The server is fit for anybody; it stays warm for `owner`.
@@ -1114,7 +1091,6 @@ impl DerefMut for Checkout {
 
 impl Drop for Checkout {
     fn drop(&mut self) {
-        self.pool.budget.note_returned(self.rests);
         let Some(server) = self.server.take() else {
             return;
         };

@@ -14,7 +14,6 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info};
 
-pub(crate) use super::budget::Adapted;
 use super::budget::{Budget, Load};
 use super::checkout::{Common, Counters, Pool, Standing, lock};
 use super::stats::DatabaseStats;
@@ -170,10 +169,7 @@ impl Pools {
         Ok(NewUpstream(Arc::new(Endpoint {
             connector: Arc::new(connector),
             control_role: Credentials::of_control_role(&upstream.url),
-            budget: Arc::new(Budget::new(
-                &lock(&self.settings),
-                self.common.shed.adaptive,
-            )),
+            budget: Arc::new(Budget::new(&lock(&self.settings))),
             addresses: Mutex::default(),
             in_use: AtomicBool::new(true),
             upstream: Arc::clone(upstream),
@@ -478,12 +474,6 @@ impl Pools {
     pub(crate) fn load(&self, upstream: UpstreamId) -> Option<Load> {
         let endpoint = lock(&self.endpoints).get(&upstream).cloned()?;
         Some(endpoint.budget.load())
-    }
-
-    /// `None`: without `shed.adaptive`.
-    pub(crate) fn adapted(&self, upstream: UpstreamId) -> Option<Adapted> {
-        let endpoint = lock(&self.endpoints).get(&upstream).cloned()?;
-        endpoint.budget.adapted()
     }
 
     /// Host names, not addresses, of the upstreams.

@@ -581,16 +581,8 @@ impl Session {
             self.note_name();
         }
         let now = Instant::now();
-        let tag = self.exchange.tag;
-        // An error is soon said, a poll waits, a COPY takes as long as its client does: none says how its server fares.
-        let telling = self.exchange.error.is_none() && self.request.worth != Worth::Poll;
-        if telling
-            && tag.command() != b"COPY"
-            && let Some(lease) = &self.lease
-        {
-            lease.note_took(self.tally.took(now), now);
-        }
         self.tally.ended(now, after == TxStatus::Idle, &self.client);
+        let tag = self.exchange.tag;
         let ending = Ending {
             failed: self.exchange.error.is_some(),
             rolled_back: tag.is("ROLLBACK"),
@@ -625,9 +617,6 @@ impl Session {
         self.close_books();
         if after == TxStatus::Idle {
             self.hear_own().await?;
-        }
-        if let Some(lease) = self.lease.as_mut() {
-            lease.rest();
         }
         if self.exchange.keep_ready {
             put_ready(&mut self.client.output, after);

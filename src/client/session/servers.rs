@@ -25,8 +25,7 @@ impl Session {
     /// settings.
     pub(super) async fn hold(&mut self, upstream: usize) -> Result<(), CheckoutError> {
         let began = Instant::now();
-        if let Some(lease) = &mut self.lease {
-            lease.resume();
+        if let Some(lease) = &self.lease {
             let (now, opens) = (began, lease.tx == TxStatus::Idle);
             lease.record.note_request(now);
             self.entry().note_request(now);
