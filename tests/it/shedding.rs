@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flowgate::config::{Config, Priority, Role, RoleTerms};
+use flowgate::config::{Config, Consistency, Priority, Role, RoleTerms};
 
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, row, text};
@@ -397,6 +397,68 @@ async fn who_waits_for_anothers_answer_is_refused_as_early_as_others() {
     disperse(&direct, &mut crowd).await;
     let answer = first.until_ready().await;
     assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn who_waits_for_what_a_replica_is_about_to_answer_is_not_refused_for_the_primarys_queue() {
+    let db = fresh_database().await;
+    let proxy = Proxy::start(&db, |config| {
+        one_server(config);
+        config.route.consistency = Consistency::Eventual;
+    })
+    .await;
+    let console = proxy.console().await;
+    let (direct, replica) = (db.connect().await, db.connect_replica().await);
+    let read = query("select count(*) from pgflow.flows");
+    let mut low = proxy.raw().await;
+    low.ask(&query("set flowgate.priority = 'low'")).await;
+    let mut warm = proxy.raw().await;
+    wait_until("the replica answers", PATIENCE, async || {
+        let before = proxy.requests("replica");
+        warm.ask(&read).await;
+        proxy.requests("replica") > before
+    })
+    .await;
+    // So it is on the replica, once that has replayed it.
+    direct
+        .batch_execute("begin; lock table pgflow.flows in access exclusive mode")
+        .await
+        .unwrap();
+    let locks = async |granted: bool| {
+        let locks = format!(
+            "select count(*) from pg_locks where relation = 'pgflow.flows'::regclass and granted = {granted}
+             and database = (select oid from pg_database where datname = current_database())"
+        );
+        text(&replica, &locks).await
+    };
+    wait_until("it is locked", PATIENCE, async || locks(true).await == "1").await;
+    let mut readers = vec![proxy.raw().await];
+    readers[0].send(&read).await;
+    wait_until("it runs", PATIENCE, async || locks(false).await == "1").await;
+    let holder = proxy.connect().await;
+    holder.batch_execute("begin").await.unwrap();
+    let mut crowd = crowd(&proxy, &console, 45).await;
+    // The first of these waits for it, the others for the first of them.
+    for _ in 0..3 {
+        let mut reader = proxy.raw().await;
+        reader.send(&read).await;
+        readers.push(reader);
+    }
+    // By then those who came before have looked whether there is any prospect, too.
+    for _ in 0..2 {
+        let refused = low.ask_frames(&query("select 1")).await;
+        let code = error_code(&refused);
+        assert_eq!(code.as_deref(), Some("53300"), "{}", transcript(&refused));
+    }
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"other\"}"), 2);
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"read\"}"), 0);
+    disperse(&holder, &mut crowd).await;
+    direct.batch_execute("commit").await.unwrap();
+    for reader in &mut readers {
+        let answer = reader.until_ready().await;
+        assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+    }
     proxy.shut_down().await;
 }
 
