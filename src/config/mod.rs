@@ -364,6 +364,13 @@ pub struct Shed {
     pub window: Duration,
 }
 
+impl Shed {
+    /// When a request that came so long ago is looked at again: what is said of it then is to be heard within the window.
+    pub(crate) fn look(&self) -> Duration {
+        self.window - self.window / 5
+    }
+}
+
 /// `[events]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Events {

@@ -44,6 +44,8 @@ impl Session {
             opening: &self.opening,
             application_name: &self.application_name,
             rank: Rank::default(),
+            came: began,
+            granted: None,
             has_other: false,
         };
         let (mut lease, now) = match pool.take_now(wish, began) {
@@ -89,12 +91,14 @@ impl Session {
         upstream: usize,
         began: Instant,
     ) -> Result<Checkout, CheckoutError> {
-        let within = (upstream != PRIMARY).then_some(self.live.replica_wait());
+        let within = (upstream != PRIMARY).then(|| self.replica_wait());
         let wish = Wish {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
             rank: self.rank(),
+            came: *self.request.coming.at.get_or_insert(began),
+            granted: self.request.coming.granted,
             has_other: self.request.older.is_some(),
         };
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
