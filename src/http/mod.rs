@@ -114,6 +114,8 @@ impl HttpState {
             config.primary.clone(),
             "flowgate http",
             http.pool_size.get(),
+            // Who comes with a crowd (all of a page's streams, after a restart) waits as long as for a server.
+            config.pool.checkout_timeout,
             config.pool.connect_timeout,
             registry.counter(
                 "flowgate_http_database_refused_total",

@@ -9,13 +9,11 @@
 //! in one write.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -23,7 +21,6 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
-use hyper::body::Frame;
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
@@ -306,21 +303,6 @@ impl Begun {
     }
 }
 
-/// Stands in for a stream where only its head is wanted. An empty body has a length, and would have it told.
-struct Unmeasured;
-
-impl hyper::body::Body for Unmeasured {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        _cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(None)
-    }
-}
-
 impl Stream {
     fn new(
         state: &HttpState,
@@ -348,7 +330,9 @@ impl Stream {
     }
 
     fn respond(self) -> Response {
-        let mut response = Response::new(Body::new(Unmeasured));
+        // Stands in for the stream where only its head is wanted. An empty body has a length, and would have it told.
+        let unmeasured = Body::from_stream(futures_util::stream::empty::<io::Result<Bytes>>());
+        let mut response = Response::new(unmeasured);
         let headers = response.headers_mut();
         for (name, value) in [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),

@@ -814,3 +814,79 @@ async fn a_stream_has_no_body_for_head_and_no_chunks_for_an_old_client() {
     .await;
     stage.proxy.shut_down().await;
 }
+
+#[tokio::test]
+async fn who_talks_over_a_stream_is_cut_and_nothing_of_it_kept() {
+    let stage = stage().await;
+    stage.core.start_flow("f", "{}", 1).await;
+    let token = bearer(&stage.roles.reader);
+    let mut socket = TcpStream::connect(stage.at).await.unwrap();
+    let path = format!("/events/runs/{}?cursor=0", run(1));
+    let asked = format!("GET {path} HTTP/1.1\r\nhost: x\r\n{token}\r\n\r\n");
+    socket.write_all(asked.as_bytes()).await.unwrap();
+    let mut heard = Vec::new();
+    timeout(MINUTE, async {
+        while !heard.windows(11).any(|found| found == b"run:started") {
+            assert_ne!(socket.read_buf(&mut heard).await.unwrap(), 0);
+        }
+        let words = vec![b'x'; 64 * 1024];
+        while socket.write_all(&words).await.is_ok() {}
+    })
+    .await
+    .expect("it is cut");
+    wait_until("the stream's end", MINUTE, async || {
+        stage.proxy.metric("flowgate_http_streams{kind=\"sse\"}") == 0
+    })
+    .await;
+    let cut = "flowgate_http_streams_talked_over_total";
+    assert_eq!(stage.proxy.metric(cut), 1);
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_crowd_that_comes_at_once_waits_for_connections_instead_of_being_refused() {
+    let stage = stage_with(|config| {
+        config.http.pool_size = 1.try_into().unwrap();
+        config.pool.connect_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let crowd = 30;
+    for n in 1..=crowd {
+        stage.core.start_flow("f", "{}", n).await;
+    }
+    let token = bearer(&stage.roles.reader);
+    let seen = get(stage.at, "/runs", &[&token]).await;
+    assert_eq!(seen.status, 200, "its one connection is there");
+    // Longer than anybody may take to connect.
+    let holder = stage.core.db.connect().await;
+    let held = tokio::spawn(async move {
+        let hold =
+            "begin; lock table pgflow.runs in access exclusive mode; select pg_sleep(5); commit";
+        holder.batch_execute(hold).await.unwrap();
+    });
+    wait_until("the table is held", MINUTE, async || {
+        let locks = "select count(*) from pg_locks where relation = 'pgflow.runs'::regclass and mode = 'AccessExclusiveLock' and granted";
+        text(&stage.core.client, locks).await == "1"
+    })
+    .await;
+    let opened = (1..=crowd).map(|n| {
+        let path = format!("/events/runs/{}?cursor=0", run(n));
+        let (at, token) = (stage.at, token.clone());
+        async move {
+            let mut stream = EventSource::open(at, &path, &[&token]).await;
+            take(&mut stream, 1).await.remove(0).data["run_id"].clone()
+        }
+    });
+    let first = timeout(MINUTE, join_all(opened))
+        .await
+        .expect("all of them");
+    for (n, run_id) in (1..=crowd).zip(first) {
+        assert_eq!(run_id, run(n).to_string());
+    }
+    held.await.unwrap();
+    assert_eq!(
+        stage.proxy.metric("flowgate_http_database_refused_total"),
+        0
+    );
+    stage.proxy.shut_down().await;
+}

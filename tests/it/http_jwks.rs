@@ -221,6 +221,25 @@ async fn keys_of_a_url_are_fetched_and_fetched_again_when_they_rotate() {
     let unknown = second.bearer(&roles.reader);
     let refused = get(at, "/runs", &[&unknown]).await;
     assert_eq!(refused.refusal(), "401 PGRST301");
+    // One key of the set is of no use; the others are.
+    let Says::Set(mixed) = set(&[&first]) else {
+        unreachable!()
+    };
+    let odd = "{\"keys\":[{\"kty\":\"RSA\",\"kid\":\"odd\",\"n\":\"AQAB\",\"e\":\"AQAB\"},";
+    keys.say(Says::Set(mixed.replacen("{\"keys\":[", odd, 1)));
+    let before = proxy.metric("flowgate_http_jwks_fetches_total{result=\"ok\"}");
+    wait_until("they are fetched", MINUTE, async || {
+        get(at, "/runs", &[&unknown]).await;
+        proxy.metric("flowgate_http_jwks_fetches_total{result=\"ok\"}") > before
+    })
+    .await;
+    assert_eq!(
+        get(at, "/runs", &[&first.bearer(&roles.reader)])
+            .await
+            .status,
+        200
+    );
+    assert_eq!(proxy.metric("flowgate_http_jwks_keys"), 1);
     // It rotates: both for a while, then the new one alone.
     keys.say(set(&[&first, &second, &third]));
     until_let_in(at, &unknown).await;
