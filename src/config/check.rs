@@ -712,7 +712,7 @@ impl Check {
             max_connections: self.count(
                 "http.max_connections",
                 raw.max_connections,
-                1_000,
+                10_000,
                 1..=100_000,
             ),
             pool_size: self.count("http.pool_size", raw.pool_size, 8, 1..=1_000),
