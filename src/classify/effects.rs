@@ -245,6 +245,8 @@ fn leading(s: Words<'_>, out: &mut Vec<Effect>) {
             named(at, Effect::NeedsDatabaseAlone)
         }
         "copy" => Effect::Copy,
+        // No transaction of the session's own: what was prepared, by whomever, is there from now on.
+        "commit" | "rollback" if s.is(1, "prepared") => return,
         "do" if body_touches_session(s) => Effect::Unfollowed,
         word if TRANSACTION.contains(&word) => Effect::Transaction,
         _ => return,

@@ -280,7 +280,7 @@ mod tests {
                 "pg_hba.conf rejects replication connection for host \"10.1.2.3\", user \"alice\", SSL encryption",
             ),
         ] {
-            assert_eq!((error.code, error.message.as_str()), ("28000", message));
+            assert_eq!((&*error.code, error.message.as_str()), ("28000", message));
         }
     }
 }

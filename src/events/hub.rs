@@ -19,12 +19,13 @@ use crate::metrics::Registry;
 use crate::pgflow::events::{
     ALL_CHANNEL, Channel, FLOW_PREFIX, has_bad_cursor, run_of_topic, run_topic, truncate_identifier,
 };
-use crate::server::questions::{Asker, Database};
+use crate::server::questions::{Answer as Answered, Asker, Database, DbError};
 
+use super::past::{NOW, Start};
 use super::sight::{Proof, Sight};
 use super::subscription::{
-    Bounds, CutReason, Delivery, Event, Frames, Guard, Inbox, Offered, StreamId, Takes, Target,
-    notification,
+    Begin, Bounds, CutReason, Delivery, Event, Frames, Guard, Inbox, Offered, Resume, StreamId,
+    Takes, Target, notification,
 };
 use super::{EventMetrics, EventsError, upstream, watch};
 
@@ -37,6 +38,8 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Connections of a database that ask what those who listen may see.
 const SIGHT_CONNECTIONS: usize = 2;
+/// And that read, for those who resume, what would hold up the listener's.
+const REPLAY_CONNECTIONS: usize = 2;
 
 /// All hubs of a process.
 pub(crate) struct Hubs {
@@ -158,6 +161,7 @@ pub(crate) struct Hub {
     pub(super) sight: Arc<Sight>,
     /// Somebody waits to be told what it may see.
     pub(super) look: Notify,
+    replays: Database,
     next_stream: AtomicU64,
 }
 
@@ -546,13 +550,14 @@ impl State {
             answer(waiter, Ok(()));
         }
         // A connection may have been lost between a wish for pages and its fulfilment.
-        self.hungry.clear();
-        for mailbox in self.runs.values().flat_map(HashMap::values) {
-            let mut inbox = mailbox.lock();
-            if inbox.ask_pages_anew() {
-                self.hungry.push_back(Arc::clone(mailbox));
+        let mut asked = HashSet::new();
+        let mut hungry = VecDeque::new();
+        for (_, mailbox) in self.pgflow_members() {
+            if asked.insert(Arc::as_ptr(mailbox)) && mailbox.lock().ask_pages_anew() {
+                hungry.push_back(Arc::clone(mailbox));
             }
         }
+        self.hungry = hungry;
     }
 
     /// There is no outbox: pgflow's channels are ordinary ones that nobody notifies yet.
@@ -686,11 +691,12 @@ fn answer(waiter: Answer, result: Result<(), EventsError>) {
     drop(waiter.send(result));
 }
 
-/// As its notifications will name it: without `@seq`, else as the client spells it, as far as Postgres reads.
+/// As its notifications will name it: without what is behind its `@`, else as the client spells it, as far as Postgres reads.
 fn spelling<'a>(name: &'a str, channel: &Channel) -> &'a str {
     match channel {
-        Channel::Run { .. } => name.split_once('@').map_or(name, |(channel, _)| channel),
-        Channel::Flow(_) | Channel::All => name,
+        Channel::Run { .. } | Channel::Flow { .. } | Channel::All { .. } => {
+            name.split_once('@').map_or(name, |(channel, _)| channel)
+        }
         Channel::Ordinary(_) => truncate_identifier(name),
     }
 }
@@ -705,6 +711,13 @@ impl Hub {
             common.connect_timeout,
             Arc::clone(&common.metrics.sight_refused),
         );
+        let replays = Database::new(
+            common.control.with_database(&database),
+            "flowgate replay",
+            REPLAY_CONNECTIONS,
+            common.connect_timeout,
+            Arc::clone(&common.metrics.replay_waits),
+        );
         let sight = Sight::new(Arc::new(questions), Proof::LoggedIn, common.recheck);
         Self {
             database,
@@ -715,6 +728,7 @@ impl Hub {
             notified: AtomicBool::new(false),
             sight: Arc::new(sight),
             look: Notify::new(),
+            replays,
             next_stream: AtomicU64::new(1),
         }
     }
@@ -806,9 +820,10 @@ impl Hub {
         self: &Arc<Self>,
         mailbox: &Arc<Mailbox>,
         name: &str,
+        channel: Channel,
+        resume: Option<Resume>,
         guard: Option<Guard>,
     ) -> Result<Subscribed, EventsError> {
-        let channel = named(name)?;
         let spelling = spelling(name, &channel);
         let (target, after) = match channel {
             Channel::Run { id, after } => (
@@ -818,11 +833,41 @@ impl Hub {
                 },
                 after,
             ),
-            Channel::Flow(slug) => (Target::Flow(slug.as_str().to_owned()), None),
-            Channel::All => (Target::All, None),
+            Channel::Flow { slug, from: _ } => (Target::Flow(slug.as_str().to_owned()), None),
+            Channel::All { from: _ } => (Target::All, None),
             Channel::Ordinary(channel) => (Target::Ordinary(channel), None),
         };
-        self.enlist(mailbox, spelling, target, after, guard)
+        let begin = match (after, resume) {
+            (Some(seq), _) => Begin::After(seq),
+            (None, Some(resume)) => Begin::Past(Box::new(resume)),
+            (None, None) => Begin::Now,
+        };
+        self.enlist(mailbox, spelling, target, begin, guard)
+    }
+
+    /// What a cursor in the channel's name comes to; `None`: there is none, or no outbox.
+    async fn resume(&self, channel: &Channel) -> Result<Option<Resume>, EventsError> {
+        let (Channel::Flow { from, .. } | Channel::All { from }) = channel else {
+            return Ok(None);
+        };
+        let Some(cursor) = from else {
+            return Ok(None);
+        };
+        let answer = match self.replay(NOW).await {
+            Ok(answer) => answer,
+            Err(DbError::Postgres { code, .. }) if ["42P01", "3F000"].contains(&&*code) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(EventsError::Upstream(error.to_string())),
+        };
+        let start = Start::parse(answer.rows.first())
+            .ok_or_else(|| EventsError::Upstream("unexpected answer".to_owned()))?;
+        Ok(Some(Resume::new(cursor.clone(), &start)))
+    }
+
+    /// Asks the outbox something that is not for the listener's connection.
+    pub(super) async fn replay(&self, sql: &str) -> Result<Answered, DbError> {
+        self.replays.ask_ourselves(sql).await
     }
 
     fn enlist(
@@ -830,9 +875,10 @@ impl Hub {
         mailbox: &Arc<Mailbox>,
         spelling: &str,
         target: Target,
-        after: Option<i64>,
+        begin: Begin,
         guard: Option<Guard>,
     ) -> Result<Subscribed, EventsError> {
+        let owed = !matches!(begin, Begin::Now);
         let mut state = lock(&self.state);
         if state.stopping {
             return Err(EventsError::Stopping);
@@ -846,27 +892,27 @@ impl Hub {
         let (stream, listened) = match inbox.find(spelling) {
             Some(stream) => {
                 inbox.set_guard(stream, guard);
-                match after {
-                    Some(after) if inbox.replay(stream, after) => (stream, Listened::Again),
-                    Some(_) | None => return Ok(Subscribed::InForce),
+                if !inbox.replay(stream, begin) {
+                    return Ok(Subscribed::InForce);
                 }
+                (stream, Listened::Again)
             }
             None if inbox.channel_count() >= CHANNELS => {
                 return Err(EventsError::TooManyChannels { limit: CHANNELS });
             }
             None => {
                 let stream = self.next_stream.fetch_add(1, Ordering::Relaxed);
-                inbox.add(stream, spelling, target.clone(), after, guard);
+                inbox.add(stream, spelling, target.clone(), begin, guard);
                 state.join(stream, mailbox, &target);
                 (stream, Listened::Anew)
             }
         };
-        if inbox.ask_pages() || after.is_some() {
+        if inbox.ask_pages() || owed {
             state.hungry.push_back(Arc::clone(mailbox));
         }
         drop(inbox);
-        let in_force = match (&target, after) {
-            (Target::Ordinary(channel), _) => {
+        let in_force = match &target {
+            Target::Ordinary(channel) => {
                 state.dirty.insert(channel.clone());
                 let ordinary = state.ordinary.entry(channel.clone()).or_default();
                 ordinary.joining.push(Joiner {
@@ -876,16 +922,16 @@ impl Hub {
                 });
                 false
             }
-            (Target::Run { .. }, Some(_)) => {
+            Target::Run { .. } if owed => {
                 state.page_waiters.insert(stream, (sender, listened));
                 false
             }
-            (Target::Run { .. } | Target::Flow(_) | Target::All, _) => {
-                let reading = state.outbox == Outbox::On;
-                if !reading {
+            Target::Run { .. } | Target::Flow(_) | Target::All => {
+                let in_force = state.outbox == Outbox::On || listened == Listened::Again;
+                if !in_force {
                     state.outbox_waiters.push((stream, sender));
                 }
-                reading
+                in_force
             }
         };
         let start = !std::mem::replace(&mut state.running, true);
@@ -909,7 +955,10 @@ impl Hub {
         })
     }
 
-    fn start(&self, task: impl Future<Output = ()> + Send + 'static) -> Result<(), EventsError> {
+    pub(super) fn start(
+        &self,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), EventsError> {
         let mut tasks = lock(&self.common.tasks);
         let Some(tasks) = tasks.as_mut() else {
             return Err(EventsError::Stopping);
@@ -1012,6 +1061,7 @@ impl Hub {
         drop(state);
         if retire {
             self.look.notify_one();
+            self.replays.rest();
         }
         retire
     }
@@ -1038,6 +1088,12 @@ impl Hub {
             .collect();
         let cut = state.evict_all(&bereft, CutReason::ListenerLost);
         self.common.metrics.cuts_lost.add(cut);
+    }
+
+    /// What it resumes with cannot be read: it comes back, or goes without.
+    pub(super) fn give_up(&self, mailbox: &Mailbox) {
+        lock(&self.state).evict(mailbox, CutReason::ListenerLost);
+        self.common.metrics.cuts_lost.inc();
     }
 
     pub(super) fn fail_waiters(&self, error: &EventsError) {
@@ -1262,8 +1318,7 @@ impl Subscriber {
     /// Resolves once the subscription is in force: whatever is committed from then on will be delivered, or its absence
     /// announced. An error, and dropping the future, leave things as they were.
     pub(crate) async fn listen(&self, channel: &str) -> Result<(), EventsError> {
-        self.settle(self.hub.subscribe(&self.mailbox, channel, None)?)
-            .await
+        self.listen_guarded(channel, named(channel)?, None).await
     }
 
     /// The same, for somebody who must be allowed to hear it, and hears no more of it than is allowed.
@@ -1284,7 +1339,28 @@ impl Subscriber {
                 self.hub.common.metrics.denied.inc();
             }
         })?;
-        let subscribed = self.hub.subscribe(&self.mailbox, channel, Some(guard))?;
+        self.listen_guarded(channel, named, Some(guard)).await
+    }
+
+    /// Whether the settings of who listens there count, which policies may read.
+    pub(crate) async fn goes_by_rows(&self, channel: &str, asker: &Asker) -> bool {
+        let wait = self.hub.common.connect_timeout;
+        let channel = Channel::parse(channel);
+        let watched = watch::is_watched(&self.hub.sight, &channel, asker);
+        // If nobody can say, nor is it let in.
+        tokio::time::timeout(wait, watched).await.unwrap_or(false)
+    }
+
+    async fn listen_guarded(
+        &self,
+        name: &str,
+        channel: Channel,
+        guard: Option<Guard>,
+    ) -> Result<(), EventsError> {
+        let resume = self.hub.resume(&channel).await?;
+        let subscribed = self
+            .hub
+            .subscribe(&self.mailbox, name, channel, resume, guard)?;
         self.settle(subscribed).await
     }
 
@@ -1295,9 +1371,9 @@ impl Subscriber {
             topic: topic.to_owned(),
             run_id: run_of_topic(topic).map_or_else(String::new, |run| run.to_string()),
         };
-        let subscribed = self
-            .hub
-            .enlist(&self.mailbox, topic, target, Some(after), None)?;
+        let subscribed =
+            self.hub
+                .enlist(&self.mailbox, topic, target, Begin::After(after), None)?;
         self.settle(subscribed).await
     }
 

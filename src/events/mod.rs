@@ -8,9 +8,9 @@
 //! Never waits for a reader and never decodes a payload. `client/session` subscribes; `app` builds the `Hubs`.
 
 mod hub;
+mod past;
 mod rhythm;
 mod sight;
-mod snapshot;
 mod subscription;
 mod upstream;
 mod watch;
@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use hub::{Hub, Hubs, Subscriber, Told};
+pub(crate) use past::{Missed, NOW, Start};
 pub(crate) use sight::{Proof, Rights, Rows, Sight};
-pub(crate) use snapshot::Snapshot;
 pub(crate) use subscription::{CutReason, Delivery, Event, Form};
 
 use crate::metrics::{Counter, Registry};
@@ -72,6 +72,7 @@ pub(crate) struct EventMetrics {
     /// Channels refused or ended because a role may not see what they tell.
     pub(crate) denied: Arc<Counter>,
     pub(crate) sight_refused: Arc<Counter>,
+    pub(crate) replay_waits: Arc<Counter>,
 }
 
 impl EventMetrics {
@@ -114,7 +115,7 @@ impl EventMetrics {
             ),
             replay_reads: counter(
                 "flowgate_event_replay_reads_total",
-                "Pages read to replay one run.",
+                "Pages read for somebody who resumes.",
             ),
             reconnects: counter(
                 "flowgate_event_listener_lost_total",
@@ -131,6 +132,10 @@ impl EventMetrics {
             sight_refused: counter(
                 "flowgate_event_sight_refused_total",
                 "Questions of what a listener may see that got no database connection in time.",
+            ),
+            replay_waits: counter(
+                "flowgate_event_replay_waits_total",
+                "Pages for somebody who resumes that got no database connection in time, and were asked for again.",
             ),
         }
     }

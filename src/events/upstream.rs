@@ -30,14 +30,18 @@ use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage, SimpleQueryRow};
 use tracing::{debug, info, warn};
 
 use crate::pgflow::events::{WAKE_CHANNEL, envelope};
+use crate::pgflow::snapshot::Snapshot;
 use crate::server::control::{ControlConnection, DialError, dial, words};
 use crate::server::questions::Asker;
 
 use super::EventsError;
 use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
+use super::past::{RUNS, flow_of, is_last, page_sql};
 use super::rhythm::{Rhythm, Turn};
-use super::snapshot::Snapshot;
-use super::subscription::{Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page, Reading};
+use super::subscription::{
+    Event, Fed, Frames, Kept, Offered, PAGE_ROWS, Page, PastPage, Reading, Step as Resumed,
+    StreamId,
+};
 
 const APPLICATION: &str = "flowgate events";
 /// After the last subscriber left.
@@ -188,9 +192,6 @@ impl<'a> Session<'a> {
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut idle_since = None;
         loop {
-            if session.is_due() {
-                hub.probe();
-            }
             session.work().await?;
             if hub.is_stopping() {
                 return session.unregister().await;
@@ -229,6 +230,10 @@ impl<'a> Session<'a> {
 
     async fn work(&mut self) -> Result<(), SessionError> {
         loop {
+            // Also while there are pages to read, as long as it takes.
+            if self.is_due() {
+                self.hub.probe();
+            }
             let work = self.hub.take_work();
             if work.is_empty() {
                 return Ok(());
@@ -472,16 +477,8 @@ impl<'a> Session<'a> {
             .expect("a String takes all"),
         }
         // Whether or not anybody follows a flow now: somebody may by the time this statement takes its snapshot.
-        let (flow, runs) = if self.has_runs {
-            // A topic that only looks like a run's must not fail the cast: anybody may send one.
-            (
-                "coalesce(e.payload->>'flow_slug', r.flow_slug)",
-                "left join pgflow.runs r on r.run_id = case when e.topic ~ \
-                 '^pgflow:run:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then substr(e.topic, 12)::uuid end",
-            )
-        } else {
-            ("e.payload->>'flow_slug'", "")
-        };
+        let flow = flow_of(self.has_runs);
+        let runs = if self.has_runs { RUNS } else { "" };
         let sql = format!(
             "select s.now, e.id, e.topic, e.seq, e.flow, e.payload, e.event, e.message_id, e.xid, e.private \
              from (select pg_current_snapshot()::text as now) s left join \
@@ -505,7 +502,7 @@ impl<'a> Session<'a> {
             if now.is_none() {
                 now = row.get(0).and_then(Snapshot::parse);
             }
-            let (Some(mut event), Some(now)) = (event(&row, 1), &now) else {
+            let (Some(mut event), Some(now)) = (event(|at| row.get(at + 1)), &now) else {
                 continue;
             };
             let reading = reading.get_or_insert_with(|| {
@@ -528,7 +525,7 @@ impl<'a> Session<'a> {
     }
 
     /// One page for each stream of this reader that is owed one.
-    async fn feed(&self, mailbox: &Arc<Mailbox>) -> Result<(), SessionError> {
+    async fn feed(&mut self, mailbox: &Arc<Mailbox>) -> Result<(), SessionError> {
         let pages = mailbox.lock().pages();
         for mut page in pages {
             let stream = page.stream;
@@ -543,11 +540,61 @@ impl<'a> Session<'a> {
             self.feed_page(mailbox, &page).await?;
             self.hub.paged(stream, mailbox);
         }
+        let pasts = mailbox.lock().pasts();
+        for stream in pasts {
+            self.resume(mailbox, stream).await?;
+        }
         // Also when none had room after all: whoever reads asks again.
         if mailbox.lock().ask_pages() {
             self.hub.hungry(mailbox);
         }
         Ok(())
+    }
+
+    /// What one that resumes is owed, as far as it has room; all of it, and it is live before the next look.
+    async fn resume(
+        &mut self,
+        mailbox: &Arc<Mailbox>,
+        stream: StreamId,
+    ) -> Result<(), SessionError> {
+        let mut fresh = false;
+        loop {
+            let Some(cursor) = &self.cursor else {
+                return Ok(());
+            };
+            let step = mailbox
+                .lock()
+                .past(stream, &cursor.seen, fresh, self.hub.pid());
+            match step {
+                Resumed::Nothing | Resumed::Live => return Ok(()),
+                Resumed::Gap => self.hub.common.metrics.gaps.inc(),
+                Resumed::Behind => {
+                    self.or_without_outbox(Step::Read).await?;
+                    fresh = true;
+                }
+                Resumed::Page(page) => {
+                    let sql = page_sql(&page.at, page.slug.as_deref(), self.has_runs);
+                    let messages = answered(self.client.simple_query(&sql)).await?;
+                    let rows = messages.iter().filter_map(|message| match message {
+                        SimpleQueryMessage::Row(row) => Some(past_row(|at| row.get(at))),
+                        _ => None,
+                    });
+                    let rows: Option<Vec<_>> = rows.collect();
+                    let rows = rows.ok_or(SessionError::Answer("a replay"))?;
+                    self.hub.common.metrics.replay_reads.inc();
+                    if !take_page(self.hub, mailbox, &page, rows) {
+                        return Ok(());
+                    }
+                }
+                Resumed::FarPage(page) => {
+                    let sql = page_sql(&page.at, page.slug.as_deref(), self.has_runs);
+                    let (hub, mailbox) = (Arc::clone(self.hub), Arc::clone(mailbox));
+                    // Refused only in a shutdown.
+                    drop(self.hub.start(read_far(hub, mailbox, page, sql)));
+                    return Ok(());
+                }
+            }
+        }
     }
 
     async fn look_for_gap(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
@@ -599,7 +646,7 @@ impl<'a> Session<'a> {
             let SimpleQueryMessage::Row(row) = message else {
                 continue;
             };
-            let event = Arc::new(event(&row, 0).ok_or(SessionError::Answer("a replay"))?);
+            let event = Arc::new(event(|at| row.get(at)).ok_or(SessionError::Answer("a replay"))?);
             count += 1;
             let known = |asker: &Asker, run| self.hub.sight.known(asker, run);
             let mut frames = Frames::new(&event, self.hub.pid(), &known);
@@ -616,7 +663,7 @@ impl<'a> Session<'a> {
                     break;
                 }
                 // The rest is read off the socket and dropped by the connection.
-                Fed::Full | Fed::Gone => break,
+                Fed::Full | Fed::Gone | Fed::Passed => break,
             }
         }
         if fed == Fed::Queued && count < PAGE_ROWS {
@@ -637,6 +684,66 @@ impl<'a> Session<'a> {
         });
         row.ok_or(SessionError::Answer("a one-row query"))
     }
+}
+
+/// Until it is read: what has been committed stays in the outbox.
+async fn read_far(hub: Arc<Hub>, mailbox: Arc<Mailbox>, page: PastPage, sql: String) {
+    hub.common.metrics.replay_reads.inc();
+    match hub.replay(&sql).await {
+        Ok(answer) => {
+            let rows = answer.rows.iter();
+            let rows = rows.map(|row| past_row(|at| row.get(at)?.as_deref()));
+            match rows.collect::<Option<Vec<_>>>() {
+                Some(rows) => drop(take_page(&hub, &mailbox, &page, rows)),
+                None => hub.give_up(&mailbox),
+            }
+        }
+        Err(error) => {
+            debug!(database = hub.database, %error, "cannot read what a listener resumes with");
+            if error.is_passing() {
+                sleep(BACKOFF_MAX).await;
+            } else {
+                hub.give_up(&mailbox);
+            }
+            mailbox.lock().past_end(page.stream, &page.reading, false);
+        }
+    }
+    hub.hungry(&mailbox);
+}
+
+/// Rows of a page, each with how many there were. `false`: it was not taken whole.
+fn take_page(
+    hub: &Hub,
+    mailbox: &Arc<Mailbox>,
+    page: &PastPage,
+    rows: Vec<(Event, usize)>,
+) -> bool {
+    let mut whole = true;
+    let metrics = &hub.common.metrics;
+    let mut last = is_last(rows.len(), rows.first().map_or(0, |(_, found)| *found));
+    for (mut event, _) in rows {
+        event.reading = Some(Arc::clone(&page.reading));
+        let event = Arc::new(event);
+        let known = |asker: &Asker, run| hub.sight.known(asker, run);
+        let mut frames = Frames::new(&event, hub.pid(), &known);
+        let fed = mailbox
+            .lock()
+            .past_row(page.stream, &page.reading, &mut frames);
+        match fed {
+            Fed::Queued => metrics.deliveries.inc(),
+            Fed::Veiled => {
+                metrics.deliveries.inc();
+                hub.veiled(page.stream, &event, mailbox);
+            }
+            Fed::Passed => {}
+            Fed::Full | Fed::Gone | Fed::Denied => {
+                (last, whole) = (false, false);
+                break;
+            }
+        }
+    }
+    mailbox.lock().past_end(page.stream, &page.reading, last);
+    whole
 }
 
 #[derive(Clone, Copy)]
@@ -700,28 +807,32 @@ fn number<T: std::str::FromStr>(row: &SimpleQueryRow, column: usize) -> Option<T
     row.get(column)?.parse().ok()
 }
 
-/// `id, topic, seq, flow, payload, event, message_id, xid, private` from this column on; `None` where there is no event.
-fn event(row: &SimpleQueryRow, from: usize) -> Option<Event> {
-    let (id, seq) = (number(row, from)?, number(row, from + 2));
+/// `id, topic, seq, flow, payload, event, message_id, xid, private`; `None` where there is no event.
+fn event<'a>(column: impl Fn(usize) -> Option<&'a str>) -> Option<Event> {
+    let id = column(0)?.parse().ok()?;
+    let seq = column(2).and_then(|seq| seq.parse().ok());
     // `jsonb` prints nothing that is not JSON.
-    let payload = envelope(serde_json::from_str(row.get(from + 4)?).ok()?, seq, id);
-    let (topic, flow) = (
-        row.get(from + 1)?.to_owned(),
-        row.get(from + 3).map(str::to_owned),
-    );
+    let payload = envelope(serde_json::from_str(column(4)?).ok()?, seq, id);
+    let (topic, flow) = (column(1)?.to_owned(), column(3).map(str::to_owned));
     Some(Event {
         id,
         topic,
         seq,
         flow,
         payload,
-        name: row.get(from + 5)?.to_owned(),
-        message_id: row.get(from + 6)?.to_owned(),
-        xid: number(row, from + 7)?,
-        private: row.get(from + 8) == Some("t"),
+        name: column(5)?.to_owned(),
+        message_id: column(6)?.to_owned(),
+        xid: column(7)?.parse().ok()?,
+        private: column(8) == Some("t"),
         reading: None,
         encoded: Default::default(),
     })
+}
+
+/// And then how many there were.
+fn past_row<'a>(column: impl Fn(usize) -> Option<&'a str>) -> Option<(Event, usize)> {
+    let found = column(9)?.parse().ok()?;
+    Some((event(column)?, found))
 }
 
 fn statements<'a>(verb: &str, channels: impl Iterator<Item = &'a String>) -> String {

@@ -42,7 +42,7 @@ pub(super) async fn admit(
     let rights = sight.rights(asker).await.map_err(failed)?;
     let run = match channel {
         Channel::Run { id, .. } => Some(*id),
-        Channel::Flow(_) | Channel::All | Channel::Ordinary(_) => None,
+        Channel::Flow { .. } | Channel::All { .. } | Channel::Ordinary(_) => None,
     };
     let watched = match judged(&rights, run.is_some()) {
         Judged::Open => false,
@@ -61,6 +61,13 @@ pub(super) async fn admit(
         asker: Arc::clone(asker),
         watched,
     })
+}
+
+/// Whether what it hears there is for its policies to say, as far as anybody can tell.
+pub(super) async fn is_watched(sight: &Sight, channel: &Channel, asker: &Asker) -> bool {
+    let one_run = matches!(channel, Channel::Run { .. });
+    let rights = sight.rights(asker).await;
+    rights.is_ok_and(|rights| judged(&rights, one_run) == Judged::Watched)
 }
 
 fn denied(asker: &Asker, channel: &Channel) -> EventsError {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::jwt::Keys;
 use super::phoenix::{Version, read_push};
 use super::rest::read_sql;
-use super::streams::Cursor;
+use crate::pgflow::snapshot::Cursor;
 
 pub(crate) fn http(data: &[u8]) {
     if let Some((_, _, topic)) = read_push(data) {

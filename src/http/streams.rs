@@ -2,10 +2,7 @@
 //! at what the role may see, again and again. Never waits for a slow reader: its inbox is bounded, what overflows is told as a
 //! gap, and a socket that takes nothing is cut (`seats.rs`).
 //!
-//! `id:` is where to resume: of a run its `seq`, of the others a *cursor*, `<id>-<snapshot>-<snapshot>`: the event, what had
-//! been read before the look at the outbox that brought it, and what by it. What follows it are rows that the first could not
-//! see and that are either later than the event or not seen by the second: exact in whatever order transactions commit. They
-//! are told in two parts, the rest of that look and then what it did not see, so that each has a cursor as exact as this one.
+//! `id:` is where to resume: of a run its `seq`, of the others a `Cursor`.
 //!
 //! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
 
@@ -35,12 +32,12 @@ use super::counters::OpenStream;
 use super::identity::Identity;
 use super::refusal::Refusal;
 use crate::events::{
-    CutReason, Delivery, Event, EventsError, Form, Rights, Rows, Snapshot, Subscriber,
+    CutReason, Delivery, Event, EventsError, Form, Missed, NOW, Rights, Rows, Start, Subscriber,
 };
 use crate::pgflow::events::{ALL_CHANNEL, FLOW_PREFIX, envelope, run_of_topic, run_topic};
 use crate::pgflow::ids::Slug;
+use crate::pgflow::snapshot::{Cursor, Snapshot};
 use crate::server::questions::DbError;
-use crate::wire::quote::literal;
 
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How soon a client comes back that has lost us.
@@ -49,8 +46,6 @@ const RETRY: &[u8] = b"retry: 1000\n\n";
 const PAGE: usize = 500;
 /// And of it what Postgres stores, compressed; one row always.
 const PAGE_BYTES: usize = 1 << 20;
-/// The longest cursor: a snapshot names every transaction in progress.
-const CURSOR_MAX: usize = 64 * 1024;
 
 #[derive(Deserialize)]
 pub(super) struct Wanted {
@@ -194,10 +189,12 @@ async fn many(
             }
         }
         Some(cursor) => {
-            let rewritten = cursor.now.xmax() > start.now.xmax();
-            if let Some(gap) = start.gap_after(&cursor, rewritten, &scope) {
-                first.push_back(gap);
-            }
+            let rewritten = start.is_before(&cursor);
+            first.extend(
+                start
+                    .missed_since(&cursor)
+                    .map(|missed| gap(missed, &scope)),
+            );
             Past {
                 seen: start.now,
                 rest: (!rewritten).then_some(cursor),
@@ -246,84 +243,20 @@ impl Scope {
     }
 }
 
-/// What the outbox has at the moment a stream of many runs begins.
-const NOW: &str = "select pg_current_snapshot()::text, (select s.last_value from flowgate.event_id_seq as s), \
-    (select e.id || ' ' || e.xid from flowgate.event as e order by e.xid limit 1)";
-
-struct Start {
-    now: Snapshot,
-    last_id: i64,
-    /// The oldest that is kept: its id and transaction.
-    oldest: Option<(i64, u64)>,
-}
-
-impl Start {
-    fn parse(row: Option<&Vec<Option<String>>>) -> Option<Self> {
-        let column = |at: usize| row?.get(at)?.as_deref();
-        let oldest = column(2).and_then(|oldest| {
-            let (id, xid) = oldest.split_once(' ')?;
-            Some((id.parse().ok()?, xid.parse().ok()?))
-        });
-        Some(Self {
-            now: Snapshot::parse(column(0)?)?,
-            last_id: column(1)?.parse().ok()?,
-            oldest,
-        })
-    }
-
-    /// Told when something may be missing: older days were dropped, or history is not the one the cursor comes from.
-    fn gap_after(&self, cursor: &Cursor, rewritten: bool, scope: &Scope) -> Option<Bytes> {
-        let from = cursor.id.saturating_add(1);
-        let to = match self.oldest {
-            _ if rewritten => None,
-            Some((_, xid)) if cursor.before.sees(xid) => return None,
-            Some((id, _)) if id <= from => return None,
-            Some((id, _)) => Some(id - 1),
-            None if self.last_id <= cursor.id => return None,
-            None => Some(self.last_id),
-        };
-        let (key, name) = match scope {
-            Scope::Run(id) => ("run_id", Some(id.to_string())),
-            Scope::Flow(slug) => ("flow_slug", Some(slug.to_string())),
-            Scope::All => ("run_id", None),
-        };
-        let gap = json!({
-            "event_type": "gap",
-            key: name,
-            "from": from.to_string(),
-            "to": to.map(|to| to.to_string()),
-        });
-        Some(format!("data: {gap}\n\n").into())
-    }
-}
-
-/// Where a stream of many runs has got to; see above.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Cursor {
-    id: i64,
-    before: Snapshot,
-    now: Snapshot,
-}
-
-impl Cursor {
-    pub(super) fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.split('-');
-        let (id, before, now) = (parts.next()?, parts.next()?, parts.next()?);
-        if text.len() > CURSOR_MAX || parts.next().is_some() {
-            return None;
-        }
-        Some(Self {
-            id: id.parse().ok().filter(|id| *id >= 0)?,
-            before: Snapshot::parse(before)?,
-            now: Snapshot::parse(now)?,
-        })
-    }
-}
-
-impl std::fmt::Display for Cursor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}-{}-{}", self.id, self.before, self.now)
-    }
+/// Told when something may be missing.
+fn gap(missed: Missed, scope: &Scope) -> Bytes {
+    let (key, name) = match scope {
+        Scope::Run(id) => ("run_id", Some(id.to_string())),
+        Scope::Flow(slug) => ("flow_slug", Some(slug.to_string())),
+        Scope::All => ("run_id", None),
+    };
+    let gap = json!({
+        "event_type": "gap",
+        key: name,
+        "from": missed.from.to_string(),
+        "to": missed.to.map(|to| to.to_string()),
+    });
+    format!("data: {gap}\n\n").into()
 }
 
 /// Of a stream of many runs: what the past has.
@@ -593,12 +526,8 @@ impl Stream {
 fn page_sql(scope: &Scope, at: &Cursor) -> String {
     let mut sql = format!(
         "select e.id, e.topic, e.seq, e.payload, pg_column_size(e.payload) as size from flowgate.event as e \
-         where ({}) and e.xid < '{}'::xid8 and pg_visible_in_snapshot(e.xid, {}::pg_snapshot) and e.id > {} \
-         and e.topic like 'pgflow:%' and not e.private",
-        at.before.unseen(),
-        at.now.xmax(),
-        literal(&at.now.to_string()),
-        at.id,
+         where {} and e.topic like 'pgflow:%' and not e.private",
+        at.rest()
     );
     if let Scope::Flow(slug) = scope {
         write!(
@@ -631,51 +560,4 @@ fn of_all(event: &Event, before: &Snapshot, now: &Snapshot) -> Bytes {
         now: now.clone(),
     };
     format!("id: {from}\ndata: {}\n\n", event.payload).into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cursor_is_read_as_it_was_written() {
-        let text = "17-10:20:10,14-22:22:";
-        let cursor = Cursor::parse(text).expect("a cursor");
-        assert_eq!(cursor.to_string(), text);
-        for bad in [
-            "",
-            "17",
-            "x-1:1:-1:1:",
-            "1-1:1:-1:1:-1",
-            "-1-1:1:-1:1:",
-            "1-1-1",
-        ] {
-            assert_eq!(Cursor::parse(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_gap_is_told_when_what_follows_the_cursor_may_have_been_dropped() {
-        let start = |oldest, last_id| Start {
-            now: Snapshot::parse("200:200:").expect("a snapshot"),
-            last_id,
-            oldest,
-        };
-        let cursor = Cursor::parse("50-100:100:-101:101:").expect("a cursor");
-        let gap = |start: Start, rewritten| {
-            let told = start.gap_after(&cursor, rewritten, &Scope::All)?;
-            Some(String::from_utf8_lossy(&told).into_owned())
-        };
-        assert_eq!(gap(start(Some((7, 30)), 90), false), None);
-        assert_eq!(gap(start(Some((51, 101)), 90), false), None);
-        assert_eq!(gap(start(None, 50), false), None);
-        let told = |to: &str| {
-            Some(format!(
-                "data: {{\"event_type\":\"gap\",\"from\":\"51\",\"run_id\":null,\"to\":{to}}}\n\n"
-            ))
-        };
-        assert_eq!(gap(start(Some((61, 110)), 90), false), told("\"60\""));
-        assert_eq!(gap(start(None, 90), false), told("\"90\""));
-        assert_eq!(gap(start(Some((7, 30)), 90), true), told("null"));
-    }
 }

@@ -2,6 +2,7 @@
 //! what, never touches a socket. Used by `events`, `http` and `route`'s callers.
 
 use super::ids::{Slug, run_id};
+use super::snapshot::Cursor;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use uuid::Uuid;
@@ -24,12 +25,11 @@ const IDENTIFIER_BYTES_MAX: usize = 63;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Channel {
     /// One run, from the event after `after` on where the name ends in `@<seq>`.
-    Run {
-        id: Uuid,
-        after: Option<i64>,
-    },
-    Flow(Slug),
-    All,
+    Run { id: Uuid, after: Option<i64> },
+    /// All runs of one flow, from where the cursor behind its `@` has got to.
+    Flow { slug: Slug, from: Option<Cursor> },
+    /// All runs, likewise.
+    All { from: Option<Cursor> },
     /// A channel of Postgres itself. Also what looks like ours but names no run or flow.
     Ordinary(String),
 }
@@ -37,25 +37,28 @@ pub enum Channel {
 impl Channel {
     /// `name` as LISTEN sees it: unquoted, and folded if it came without quotes.
     pub fn parse(name: &str) -> Self {
-        if name == ALL_CHANNEL {
-            return Self::All;
-        }
         let ours = if let Some(rest) = name.strip_prefix(RUN_PREFIX) {
             parse_run(rest)
-        } else if let Some(slug) = name.strip_prefix(FLOW_PREFIX) {
-            Slug::parse(slug).map(Self::Flow)
+        } else if let Some(rest) = name.strip_prefix(FLOW_PREFIX) {
+            parse_from(rest).and_then(|(slug, from)| {
+                let slug = Slug::parse(slug)?;
+                Some(Self::Flow { slug, from })
+            })
+        } else if name.starts_with(ALL_CHANNEL) {
+            let all = parse_from(name).filter(|(name, _)| *name == ALL_CHANNEL);
+            all.map(|(_, from)| Self::All { from })
         } else {
             None
         };
         ours.unwrap_or_else(|| Self::Ordinary(truncate_identifier(name).to_owned()))
     }
 
-    /// The channel as a notification names it: without the `@<seq>` it may have been asked for with.
+    /// The channel as a notification names it: without the `@…` it may have been asked for with.
     pub fn name(&self) -> String {
         match self {
             Self::Run { id, after: _ } => run_topic(*id),
-            Self::Flow(slug) => format!("{FLOW_PREFIX}{slug}"),
-            Self::All => ALL_CHANNEL.to_owned(),
+            Self::Flow { slug, from: _ } => format!("{FLOW_PREFIX}{slug}"),
+            Self::All { from: _ } => ALL_CHANNEL.to_owned(),
             Self::Ordinary(name) => name.clone(),
         }
     }
@@ -75,6 +78,11 @@ pub fn tells_of_runs(name: &str) -> bool {
     !matches!(Channel::parse(name), Channel::Ordinary(_))
 }
 
+/// Whether it is one of those, and where to begin.
+pub fn names_cursor(name: &str) -> bool {
+    tells_of_runs(name) && name.contains('@')
+}
+
 fn parse_run(rest: &str) -> Option<Channel> {
     let (id, after) = match rest.split_once('@') {
         Some((id, seq)) => {
@@ -85,6 +93,14 @@ fn parse_run(rest: &str) -> Option<Channel> {
     };
     let id = run_id(id).filter(|_| id.len() == 36)?;
     Some(Channel::Run { id, after })
+}
+
+/// What is before the `@`, and the cursor behind it.
+fn parse_from(text: &str) -> Option<(&str, Option<Cursor>)> {
+    match text.split_once('@') {
+        Some((name, cursor)) => Some((name, Some(Cursor::parse(cursor)?))),
+        None => Some((text, None)),
+    }
 }
 
 /// The outbox topic of a run, as pgflow gives it to `realtime.send`.
@@ -126,6 +142,12 @@ pub fn envelope(payload: &RawValue, seq: Option<i64>, cursor: i64) -> String {
     }
 }
 
+/// An envelope as listeners to many runs get it: they resume by a `cursor` that says more than the event's id.
+pub fn with_cursor(envelope: &str, id: i64, cursor: &Cursor) -> String {
+    let rest = envelope.strip_suffix(&format!("{id}\"}}"));
+    format!("{}{cursor}\"}}", rest.unwrap_or(envelope))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,8 +158,13 @@ mod tests {
     fn check(name: &str, expected: &str) {
         let got = match Channel::parse(name) {
             Channel::Run { id, after } => format!("run {id} {after:?}"),
-            Channel::Flow(slug) => format!("flow {slug}"),
-            Channel::All => "all".into(),
+            Channel::Flow { slug, from: None } => format!("flow {slug}"),
+            Channel::Flow {
+                slug,
+                from: Some(from),
+            } => format!("flow {slug} from {from}"),
+            Channel::All { from: None } => "all".into(),
+            Channel::All { from: Some(from) } => format!("all from {from}"),
             Channel::Ordinary(name) => format!("ordinary {name}"),
         };
         assert_eq!(got, expected, "{name}");
@@ -157,6 +184,15 @@ mod tests {
         );
         check("pgflow:flow:greet", "flow greet");
         check("pgflow_events", "all");
+        check(
+            "pgflow_events@7-10:20:10,14-22:22:",
+            "all from 7-10:20:10,14-22:22:",
+        );
+        check(
+            "pgflow:flow:greet@7-9:9:-9:9:",
+            "flow greet from 7-9:9:-9:9:",
+        );
+        check("pgflow_events_too", "ordinary pgflow_events_too");
         check("jobs", "ordinary jobs");
         check("pgflow:run:", "ordinary pgflow:run:");
         check("pgflow:run:nonsense", "ordinary pgflow:run:nonsense");
@@ -181,8 +217,24 @@ mod tests {
         for bad in ["@", "@-1", "@x", "@1@2", "@99999999999999999999"] {
             assert!(has_bad_cursor(&format!("pgflow:run:{ID}{bad}")), "{bad}");
         }
-        assert!(has_bad_cursor("pgflow_events@1") && has_bad_cursor("pgflow:flow:f@1"));
-        for good in ["a@b", "pgflow:run:x@1", "@", "pgflow_events"] {
+        for bad in [
+            "@",
+            "@1",
+            "@1-2",
+            "@1-9:9:-9:9:@",
+            "@1-9:9:-9:9:x",
+            "@-1-9:9:-9:9:",
+        ] {
+            assert!(has_bad_cursor(&format!("pgflow_events{bad}")), "{bad}");
+            assert!(has_bad_cursor(&format!("pgflow:flow:f{bad}")), "{bad}");
+        }
+        for good in [
+            "a@b",
+            "pgflow:run:x@1",
+            "@",
+            "pgflow_events",
+            "pgflow_events@1-9:9:-9:9:",
+        ] {
             assert!(!has_bad_cursor(good), "{good}");
         }
         assert!(!has_bad_cursor(&format!("pgflow:run:{ID}@17")));
@@ -210,6 +262,15 @@ mod tests {
             Some(format!("pgflow:run:{ID}"))
         );
         assert_eq!(run_of_topic("other"), None);
+    }
+
+    #[test]
+    fn a_listener_to_many_runs_gets_the_whole_cursor() {
+        let cursor = Cursor::parse("7-9:9:-9:12:").expect("a cursor");
+        assert_eq!(
+            with_cursor(r#"{"n": "7\"}", "seq": 3, "cursor": "7"}"#, 7, &cursor),
+            r#"{"n": "7\"}", "seq": 3, "cursor": "7-9:9:-12:12:"}"#
+        );
     }
 
     #[track_caller]

@@ -4,4 +4,5 @@
 pub mod events;
 pub mod functions;
 pub mod ids;
+pub mod snapshot;
 pub mod tables;

@@ -22,8 +22,8 @@ pub(crate) struct Clean(());
 pub(crate) enum ResetError {
     #[error(transparent)]
     Io(#[from] io::Error),
-    #[error("the server said {0}")]
-    Refused(String),
+    #[error("the server said {message}")]
+    Refused { code: String, message: String },
 }
 
 /// Frames of our own questions and of asynchronous messages: errors, notices, parameters.
@@ -100,7 +100,7 @@ pub(crate) async fn lend_statement(
     put_parse(&mut server.stream.output, name, text, types);
     server.lent.push(name.to_vec());
     match sync(server).await {
-        Ok(()) | Err(ResetError::Refused(_)) => {}
+        Ok(()) | Err(ResetError::Refused { .. }) => {}
         Err(error) => return Err(error),
     }
     if nested {
@@ -270,17 +270,13 @@ async fn to_ready(server: &mut ServerConn) -> Result<Vec<String>, ResetError> {
                     heard.push(frame);
                 }
             }
-            b'E' => {
-                refused = Some(
-                    String::from_utf8_lossy(field(body, b'M').unwrap_or_default()).into_owned(),
-                )
-            }
+            b'E' => refused = Some(refusal(body)),
             b'Z' => {
                 let status = body.first().copied().and_then(TxStatus::from_byte);
                 server.stream.input.consume(header.whole);
                 server.tx = status.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
                 server.in_flight = false;
-                return refused.map_or(Ok(rows), |message| Err(ResetError::Refused(message)));
+                return refused.map_or(Ok(rows), Err);
             }
             _ => {}
         }
@@ -296,22 +292,27 @@ pub(crate) async fn absorb(server: &mut ServerConn) -> Result<(), ResetError> {
         match header.tag {
             b'S' => note_parameter(&mut server.reported, body),
             b'N' | b'A' => {}
-            b'E' => {
-                let message =
-                    String::from_utf8_lossy(field(body, b'M').unwrap_or_default()).into_owned();
-                return Err(ResetError::Refused(message));
-            }
+            b'E' => return Err(refusal(body)),
             other => {
-                return Err(ResetError::Refused(format!(
-                    "an unexpected message {:?}",
-                    char::from(other)
-                )));
+                return Err(ResetError::Refused {
+                    code: "08P01".to_owned(),
+                    message: format!("an unexpected message {:?}", char::from(other)),
+                });
             }
         }
         server.stream.input.consume(header.whole);
         if server.stream.input.is_empty() {
             return Ok(());
         }
+    }
+}
+
+/// What an ErrorResponse says.
+fn refusal(body: &[u8]) -> ResetError {
+    let said = |name| String::from_utf8_lossy(field(body, name).unwrap_or_default()).into_owned();
+    ResetError::Refused {
+        code: said(b'C'),
+        message: said(b'M'),
     }
 }
 

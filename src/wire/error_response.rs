@@ -1,13 +1,15 @@
 //! ErrorResponse and NoticeResponse: building ours, reading theirs.
 //! (protocol-error-fields.html, "Error and Notice Message Fields")
 
+use std::borrow::Cow;
+
 use super::messages::{self, put_cstr};
 
 /// An error we write ourselves. `message` in Postgres's style: lower case, no full stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ErrorResponse {
     pub(crate) severity: Severity,
-    pub(crate) code: &'static str,
+    pub(crate) code: Cow<'static, str>,
     pub(crate) message: String,
     pub(crate) detail: Option<String>,
     pub(crate) hint: Option<String>,
@@ -31,10 +33,10 @@ impl Severity {
 }
 
 impl ErrorResponse {
-    pub(crate) fn error(code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn error(code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Error,
-            code,
+            code: code.into(),
             message: message.into(),
             detail: None,
             hint: None,
@@ -49,7 +51,7 @@ impl ErrorResponse {
         }
     }
 
-    pub(crate) fn fatal(code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn fatal(code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
         Self {
             severity: Severity::Fatal,
             ..Self::error(code, message)
@@ -81,7 +83,7 @@ impl ErrorResponse {
             let fields = [
                 (b'S', word),
                 (b'V', word),
-                (b'C', self.code),
+                (b'C', &*self.code),
                 (b'M', self.message.as_str()),
             ];
             let optional = [(b'D', self.detail.as_deref()), (b'H', self.hint.as_deref())];

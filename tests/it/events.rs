@@ -366,8 +366,16 @@ async fn a_runs_events_come_in_order_on_every_channel_that_names_it() {
         types.starts_with(&["run:started"]) && types.contains(&"step:completed"),
         "{types:?}"
     );
-    assert_eq!(heard[0], heard[1]);
-    assert_eq!(heard[0], heard[2]);
+    // Where to resume is said of many runs in more words.
+    let plain = |events: &[Value]| -> Vec<Value> {
+        let mut events = events.to_vec();
+        for event in &mut events {
+            event.as_object_mut().unwrap().remove("cursor");
+        }
+        events
+    };
+    assert_eq!(plain(&heard[0]), plain(&heard[1]));
+    assert_eq!(heard[1], heard[2]);
     settle(&other_flow, &mut other, &db.connect().await).await;
     assert!(notifications(&mut other).is_empty());
 

@@ -434,3 +434,172 @@ async fn what_listeners_may_see_is_asked_over_connections_that_may_be_lost() {
     .await;
     stage.proxy.shut_down().await;
 }
+
+/// Who waits for a lock that somebody holds.
+async fn waits(watcher: &Client, for_what: &str) {
+    let waiting = format!("select count(*) from pg_locks where not granted and {for_what}");
+    wait_until("somebody waits", PATIENCE, async || {
+        text(watcher, &waiting).await != "0"
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_cancel_while_it_is_asked_who_listens_ends_that_listen_and_nothing_else() {
+    let stage = stage().await;
+    let core = &stage.core;
+    let (client, mut hearing) = stage.of_role(&stage.roles.viewer).await;
+    client.batch_execute("set app.tenant = 'a'").await.unwrap();
+    let (holder, watcher) = (core.db.connect().await, core.db.connect().await);
+    let hold = "begin; lock table pg_catalog.pg_policy in access exclusive mode";
+    let asked = "relation = 'pg_catalog.pg_policy'::regclass";
+    holder.batch_execute(hold).await.unwrap();
+    let cancel = async || {
+        waits(&watcher, asked).await;
+        let token = client.cancel_token();
+        token.cancel_query(tokio_postgres::NoTls).await.unwrap();
+    };
+    let name = channel(1);
+    for _ in 0..3 {
+        let (listened, ()) = tokio::join!(listen(&client, &name), cancel());
+        assert_eq!(sqlstate(listened), "57014");
+        assert_eq!(text(&client, "select 1").await, "1");
+    }
+    // When it is committed it is too late.
+    client
+        .batch_execute(&format!("begin; listen \"{name}\""))
+        .await
+        .unwrap();
+    let release = async {
+        cancel().await;
+        waits(&watcher, asked).await;
+        holder.batch_execute("commit").await.unwrap();
+    };
+    let (committed, ()) = tokio::join!(client.batch_execute("commit"), release);
+    committed.unwrap();
+    core.start_flow("f", "{}", 1).await;
+    assert_eq!(next(&mut hearing).await.1["seq"], 1);
+    assert_eq!(next(&mut hearing).await.1["seq"], 2);
+    // And what Postgres gives up by itself.
+    client.batch_execute("unlisten *").await.unwrap();
+    client
+        .batch_execute("set statement_timeout = '100ms'")
+        .await
+        .unwrap();
+    holder.batch_execute(hold).await.unwrap();
+    assert_eq!(sqlstate(listen(&client, &name).await), "57014");
+    holder.batch_execute("rollback").await.unwrap();
+    client
+        .batch_execute("set statement_timeout = 0")
+        .await
+        .unwrap();
+    listen(&client, &name).await.unwrap();
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn what_others_notify_does_not_wait_for_what_a_policy_has_yet_to_say() {
+    let stage = stage().await;
+    let [a, _] = &tenants(&stage).await;
+    let core = &stage.core;
+    core.run(
+        "create function public.ajar() returns boolean language plpgsql as $$ \
+         begin perform pg_advisory_xact_lock_shared(4242); return true; end $$; \
+         alter policy mine on pgflow.runs using (public.ajar())",
+    )
+    .await;
+    let (mine, mut hearing) = stage.of_role(a).await;
+    for name in ["pgflow_events", "plain", "other"] {
+        listen(&mine, name).await.unwrap();
+    }
+    let (holder, watcher) = (core.db.connect().await, core.db.connect().await);
+    let hold = "select pg_advisory_lock(4242)";
+    holder.batch_execute(hold).await.unwrap();
+    core.start_flow("f", "{}", 1).await;
+    // An event is in its queue, and nobody knows whether it may be told.
+    waits(&watcher, "locktype = 'advisory' and objid = 4242").await;
+    for n in 0..20 {
+        let (channel, payload) = (["plain", "other"][n % 2], n.to_string());
+        core.run(&format!("notify {channel}, '{payload}'")).await;
+        let news = hearing.notification().await;
+        assert_eq!((news.channel(), news.payload()), (channel, &*payload));
+    }
+    mine.batch_execute("notify plain, 'own'").await.unwrap();
+    assert_eq!(hearing.notification().await.payload(), "own");
+    holder
+        .batch_execute("select pg_advisory_unlock(4242)")
+        .await
+        .unwrap();
+    for seq in 1..=2 {
+        let (told, event) = next(&mut hearing).await;
+        assert_eq!((&*told, &event["seq"]), ("pgflow_events", &json!(seq)));
+    }
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn policies_read_what_the_session_has_set_by_whatever_means() {
+    let stage = stage().await;
+    let [a, b] = &tenants(&stage).await;
+    let core = &stage.core;
+    for (n, tenant) in [(1, "a"), (2, "b"), (3, "c"), (4, "d")] {
+        core.start_flow("f", &of_tenant(tenant), n).await;
+    }
+    let name = |n| format!("{}@0", channel(n));
+    // For whoever logs in, everywhere or here.
+    core.run(&format!(
+        "alter role {a} set app.tenant = 'c'; alter role {b} in database {} set \"App.Tenant\" = 'd'",
+        core.db.name
+    ))
+    .await;
+    for (role, own, other) in [(a, 3, 4), (b, 4, 3)] {
+        let (client, mut hearing) = stage.of_role(role).await;
+        assert_eq!(sqlstate(listen(&client, &name(other)).await), "42501");
+        for many in [name(own), "pgflow:flow:f@0-1:1:-1:1:".to_owned()] {
+            listen(&client, &many).await.unwrap();
+        }
+        let mut heard = BTreeSet::new();
+        for _ in 0..6 {
+            let (told, event) = next(&mut hearing).await;
+            heard.insert((told, event["run_id"].as_str().unwrap().to_owned()));
+        }
+        let first = if role == a { 1 } else { 2 };
+        let wanted = [(channel(own), own), ("pgflow:flow:f".to_owned(), own)];
+        let wanted = wanted
+            .into_iter()
+            .chain([("pgflow:flow:f".to_owned(), first)]);
+        assert_eq!(heard, wanted.map(|(told, n)| (told, run(n))).collect());
+    }
+    // By a function, and in a policy by another.
+    core.run(
+        "create function public.tenant() returns text language sql stable as \
+         $$ select current_setting('app.tenant', true) $$; \
+         alter policy mine on pgflow.runs using (input ->> 'tenant' = public.tenant())",
+    )
+    .await;
+    let (client, mut hearing) = stage.of_role(a).await;
+    for (tenant, own, other) in [("b", 2, 3), ("d", 4, 2)] {
+        let set = format!("select set_config('app.tenant', '{tenant}', false)");
+        client.batch_execute(&set).await.unwrap();
+        assert_eq!(sqlstate(listen(&client, &name(other)).await), "42501");
+        listen(&client, &name(own)).await.unwrap();
+        for seq in 1..=2 {
+            let (told, event) = next(&mut hearing).await;
+            assert_eq!((told, &event["seq"]), (channel(own), &json!(seq)));
+        }
+    }
+    // In a transaction as well; names and operators of the session's own are nobody's.
+    client
+        .batch_execute(
+            "create temp table pg_policy (x int); create temp table pg_class (x int); \
+             select set_config('app.tenant', 'a', false); set search_path = pg_temp, public, pg_catalog",
+        )
+        .await
+        .unwrap();
+    client
+        .batch_execute(&format!("begin; listen \"{}\"; commit", name(1)))
+        .await
+        .unwrap();
+    assert_eq!(next(&mut hearing).await.0, channel(1));
+    stage.proxy.shut_down().await;
+}

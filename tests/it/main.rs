@@ -29,6 +29,7 @@ mod protocol;
 mod reads;
 mod reload;
 mod replication;
+mod resuming;
 mod schema;
 mod session;
 mod sharing;

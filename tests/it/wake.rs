@@ -8,7 +8,9 @@ use serde_json::Value;
 use tokio_postgres::Client;
 
 use crate::support::pg::{TestDb, fresh_database};
-use crate::support::proxy::{Hearing, PATIENCE, Proxy, connect_hearing, sqlstate, text};
+use crate::support::proxy::{
+    Hearing, PATIENCE, Proxy, connect_hearing, sqlstate, text, try_connect,
+};
 use crate::support::raw::{bind_text, copy_data, copy_done, execute, extended, function_call};
 use crate::support::raw::{parse, query, sync, tags};
 use crate::support::wait::wait_until;
@@ -128,12 +130,44 @@ async fn what_passes_through_us_is_heard_without_a_notify() {
         (query("execute later"), 1),
         (function_call(oid, &["15"]), 1),
         (copied.concat(), 1),
+        // What has begun since is not to be waited for.
+        (
+            [query("begin; select tell(17)"), query("commit; begin")].concat(),
+            2,
+        ),
+        (query("rollback"), 1),
+        (query("begin; select tell(18); commit; begin; select 1"), 1),
+        (query("rollback"), 1),
+        (
+            [
+                query("begin"),
+                extended("select tell($1::int)", &["19"]),
+                parse("", "commit"),
+                bind_text("", "", &[]),
+                execute("", 0),
+                parse("", "begin"),
+                bind_text("", "", &[]),
+                execute("", 0),
+                sync(),
+            ]
+            .concat(),
+            3,
+        ),
+        (query("rollback"), 1),
+        (
+            query(&format!(
+                "begin; select tell(20); prepare transaction '{}'",
+                db.name
+            )),
+            1,
+        ),
+        (query(&format!("commit prepared '{}'", db.name)), 1),
     ];
     let mut next = 1;
     for (way, (bytes, answers)) in ways.iter().enumerate() {
         let expected = match way {
             10 => 3,
-            11 => 0,
+            11 | 16 | 18 | 20 | 21 => 0,
             _ => 1,
         };
         client.send(bytes).await;
@@ -146,7 +180,7 @@ async fn what_passes_through_us_is_heard_without_a_notify() {
             next += 1;
         }
     }
-    assert_eq!(next, 17);
+    assert_eq!(next, 21);
     assert!(proxy.metric("flowgate_event_observed_total") > 0);
     assert_eq!(proxy.metric("flowgate_event_wakeups_total"), 0);
     assert_eq!(notified.count().await, 0);
@@ -342,4 +376,76 @@ async fn no_event_waits_for_the_probe_however_many_write_here_and_there() {
     assert_eq!((heard_here, heard_there), (all, all));
     one.shut_down().await;
     other.shut_down().await;
+}
+
+/// Two pools deep: PgBouncer refuses a startup parameter that it does not know, and so all that it would be sent of our own.
+#[tokio::test]
+async fn a_pooler_in_between_that_takes_no_setting_of_ours_is_logged_in_to_without() {
+    let Some(program) = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer"]
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists())
+    else {
+        println!("no pgbouncer here: not tried");
+        return;
+    };
+    let db = fresh_database().await;
+    db.connect().await.batch_execute(CODE).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|socket| socket.local_addr())
+        .unwrap()
+        .port();
+    let log = folder.path().join("log");
+    let url = db.url();
+    let wanted = format!(
+        "[databases]\n* = host=127.0.0.1 port={} user={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+         unix_socket_dir =\nauth_type = any\npool_mode = session\ndefault_pool_size = 50\nlogfile = {}\n",
+        url.port,
+        url.user,
+        log.display()
+    );
+    let file = folder.path().join("ini");
+    std::fs::write(&file, wanted).unwrap();
+    std::fs::write(&log, "").unwrap();
+    for path in [folder.path(), &file, &log] {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(path, mode).unwrap();
+    }
+    let mut command = tokio::process::Command::new(program);
+    let me = std::fs::metadata("/proc/self").map(|me| std::os::unix::fs::MetadataExt::uid(&me));
+    if me.is_ok_and(|me| me == 0) {
+        command.args(["-u", "nobody"]);
+    }
+    let mut pgbouncer = command
+        .args(["-q".as_ref(), file.as_os_str()])
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let between = format!("postgres://{}@127.0.0.1:{port}/{}", url.user, db.name);
+    wait_until("pgbouncer answers", PATIENCE, async || {
+        try_connect(&between).await.is_ok()
+    })
+    .await;
+    let proxy = Proxy::before(&between, &[], |config| {
+        config.events.wake = Wake::Observe;
+        config.events.probe = HOUR;
+    })
+    .await;
+    let (_follower, mut hearing) = follower(&proxy).await;
+    let client = proxy.connect().await;
+    let shown = "select coalesce(current_setting('flowgate.wake', true), 'unset')";
+    assert_eq!(text(&client, shown).await, "unset");
+    // So Postgres is to tell of what passes here, and does.
+    for n in 1..=3 {
+        let tell = format!("select tell({n})");
+        client.batch_execute(&tell).await.unwrap();
+        assert_eq!(heard(&mut hearing).await, n);
+    }
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(
+        said.contains("unsupported startup parameter: flowgate.wake"),
+        "{said}"
+    );
+    proxy.shut_down().await;
+    pgbouncer.kill().await.unwrap();
 }

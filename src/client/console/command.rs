@@ -281,7 +281,7 @@ mod tests {
     fn refuse(text: &str, message: &str) {
         let (_, error) = read(text);
         let error = error.unwrap_or_else(|| panic!("{text} was understood"));
-        assert_eq!((error.code, error.message.as_str()), ("42601", message));
+        assert_eq!((&*error.code, error.message.as_str()), ("42601", message));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 
 use self::outside::Outside;
 use self::sharing::Shown;
-use self::subscriptions::Overheard;
+use self::subscriptions::{Named, Overheard};
 use self::tally::Tally;
 use super::error::SessionError;
 use super::live::{Live, Running, Standing};
@@ -173,8 +173,8 @@ struct Transaction {
     lent: Option<Vec<String>>,
     /// It ran LISTEN or UNLISTEN.
     subscribes: bool,
-    /// The channels of its LISTENs whose names the server cuts.
-    long_names: Vec<String>,
+    /// The names of channels that mean more to the hub than to the server.
+    named: Vec<Named>,
     /// What its server was notified of, if it ran LISTEN or UNLISTEN.
     heard: Option<Box<Overheard>>,
     /// The queues it may put messages into.
@@ -577,6 +577,8 @@ impl Session {
         }
         if after == TxStatus::Idle || ending.chained {
             self.tell(statements, ending);
+        } else {
+            self.tell_of_another(effects, statements, before);
         }
         if after == TxStatus::Idle {
             self.end_transaction(now).await?;

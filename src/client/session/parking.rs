@@ -549,7 +549,7 @@ impl Session {
         drop(wait);
         let looked = match answer {
             Ok(Ok(rows)) => rows.first().and_then(|row| sight(row)),
-            Ok(Err(ResetError::Refused(why))) => {
+            Ok(Err(ResetError::Refused { message: why, .. })) => {
                 debug!(queue = poll.name.queue, why, "cannot look at a queue");
                 counters.probes_failed.inc();
                 self.mark_server(&[]);

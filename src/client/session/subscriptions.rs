@@ -15,10 +15,10 @@ use crate::client::reply;
 use crate::client::state::Ending;
 use crate::config::Wake;
 use crate::events::{Delivery, EventsError, Hub, Subscriber};
-use crate::pgflow::events::{tells_of_runs, truncate_identifier};
+use crate::pgflow::events::{names_cursor, tells_of_runs, truncate_identifier};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
-use crate::server::conn::Heard;
+use crate::server::conn::{Heard, ServerConn};
 use crate::server::questions::Asker;
 use crate::wire::error_response::ErrorResponse;
 use crate::wire::frame::{self, Header};
@@ -27,6 +27,10 @@ use crate::wire::quote;
 
 /// How long an answer waits for the notifications its request sent to its own session.
 const OWN_WAIT: Duration = Duration::from_secs(1);
+/// query_canceled
+const CANCELLED: &str = "57014";
+/// More than that in a row mean something else.
+const LATE_CANCELS: usize = 4;
 
 impl Session {
     /// A Query of one LISTEN or UNLISTEN.
@@ -65,15 +69,21 @@ impl Session {
         Ok(match change {
             Subscription::Listen(channel) => {
                 let listening = if tells_of_runs(channel) {
-                    if self.asks_its_server()
-                        && let Err(error) = self.hold(PRIMARY).await
-                    {
-                        return Ok(Err(no_server(&error)));
-                    }
-                    let asker = Box::pin(self.asker()).await;
-                    // What follows may wait, and needs no server.
-                    self.let_go().await;
-                    let asker = Arc::new(asker?);
+                    let asker = if Box::pin(self.asks_its_server(channel)).await {
+                        if let Err(error) = self.hold(PRIMARY).await {
+                            return Ok(Err(no_server(&error)));
+                        }
+                        let asker = Box::pin(self.asker()).await;
+                        // What follows may wait, and needs no server.
+                        self.let_go().await;
+                        match asker? {
+                            Ok(asker) => asker,
+                            Err(refused) => return Ok(Err(refused)),
+                        }
+                    } else {
+                        Asker::new(self.opening.user.clone(), Vec::new())
+                    };
+                    let asker = Arc::new(asker);
                     Box::pin(self.subscriber().listen_as(channel, &asker)).await
                 } else {
                     self.subscriber().listen(channel).await
@@ -98,8 +108,9 @@ impl Session {
         })
     }
 
-    /// Whether who it is, as far as policies care, is for a server to say: the role may have been set, or something they read.
-    fn asks_its_server(&self) -> bool {
+    /// Whether who it is, as far as policies care, is for a server to say: the role may have been set, or there are policies, and
+    /// something they read was set by whomever.
+    async fn asks_its_server(&mut self, channel: &str) -> bool {
         let settings = &self.state.settings;
         let plain = settings.keeps_roles()
             && !settings.names().any(|name| name.contains('.'))
@@ -110,25 +121,42 @@ impl Session {
                     && !name.eq_ignore_ascii_case("role")
                     && !name.contains('.')
             });
-        !plain
+        if !plain {
+            return true;
+        }
+        let asker = Asker::new(self.opening.user.clone(), Vec::new());
+        self.subscriber().goes_by_rows(channel, &asker).await
     }
 
-    /// A channel that tells of runs, as whoever the session is now; on the server in hand that is asked for it, if need be.
+    /// A channel that tells of runs, as whoever the session is now; the server in hand is asked for that.
     async fn listen_to_runs(
         &mut self,
         channel: &str,
     ) -> Result<Result<(), EventsError>, SessionError> {
-        let asker = Arc::new(self.asker().await?);
+        let mut asker = self.asker().await?;
+        for _ in 1..LATE_CANCELS {
+            match &asker {
+                Err(error) if error.code == CANCELLED => asker = self.asker().await?,
+                Ok(_) | Err(_) => break,
+            }
+        }
+        let asker = match asker {
+            Ok(asker) => Arc::new(asker),
+            Err(error) => {
+                return Ok(Err(EventsError::Unproven {
+                    role: self.opening.user.clone(),
+                    why: error.message,
+                }));
+            }
+        };
         Ok(self.subscriber().listen_as(channel, &asker).await)
     }
 
-    async fn asker(&mut self) -> Result<Asker, SessionError> {
+    /// `Err`: its server does not say.
+    async fn asker(&mut self) -> Result<Result<Asker, ErrorResponse>, SessionError> {
         let user = self.opening.user.clone();
-        if !self.asks_its_server() {
-            return Ok(Asker::new(user, Vec::new()));
-        }
         let Some(lease) = self.lease.as_mut() else {
-            return Ok(Asker::new(user, Vec::new()));
+            return Ok(Ok(Asker::new(user, Vec::new())));
         };
         let set = self.state.settings.names().map(str::to_owned);
         let opened = self.opening.options.iter();
@@ -144,31 +172,24 @@ impl Session {
                 .unwrap_or(word);
             let (name, _) = word.split_once('=')?;
             let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'.';
-            name.bytes().all(plain).then(|| name.to_ascii_lowercase())
+            name.bytes().all(plain).then(|| name.to_owned())
         });
-        let mut names: Vec<String> = set
-            .chain(opened.map(|(name, _)| name.to_ascii_lowercase()))
-            .chain(words)
-            .filter(|name| name.contains('.'))
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        let values: String = names
-            .iter()
-            .map(|name| {
-                format!(
-                    ", pg_catalog.current_setting({}, true)",
-                    quote::literal(name)
-                )
-            })
-            .collect();
-        let sql = format!(
-            "select coalesce(v, '') from pg_catalog.unnest(array[current_user{values}]::pg_catalog.text[]) with ordinality as t (v, n) order by n"
-        );
-        let answer = reset::command(lease, &sql).await.map_err(server_lost)?;
+        let names = set.chain(opened.map(|(name, _)| name.clone())).chain(words);
+        let names = names.filter(|name| name.contains('.'));
+        let answer = match reset::command(lease, &who_asks(&user, names)).await {
+            Ok(answer) => answer,
+            Err(ResetError::Refused { code, message }) => {
+                return Ok(Err(ErrorResponse::error(code, message)));
+            }
+            Err(error) => return Err(server_lost(error)),
+        };
         let mut answer = answer.into_iter();
         let role = answer.next().unwrap_or(user);
-        Ok(Asker::new(role, names.into_iter().zip(answer).collect()))
+        let settings = answer.filter_map(|said| {
+            let (name, value) = said.split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        });
+        Ok(Ok(Asker::new(role, settings.collect())))
     }
 
     /// A server that was only to be asked something goes back.
@@ -225,14 +246,18 @@ impl Session {
             match (effect, &self.subscriber) {
                 (Effect::Listen(channel), _) => {
                     if truncate_identifier(channel) != channel {
-                        self.transaction.long_names.push(channel.clone());
+                        let named = Named::Listen(channel.clone());
+                        self.transaction.named.push(named);
                     }
                 }
                 // Only a statement that was prepared before and is bound in the middle of a request comes to a server that
                 // does not listen.
-                (Effect::Unlisten(channel), Some(subscriber)) => {
-                    if self.transaction.lent.is_none() && self.exchange.error.is_none() {
+                (Effect::Unlisten(channel), Some(subscriber)) if self.exchange.error.is_none() => {
+                    if self.transaction.lent.is_none() {
                         subscriber.unlisten(channel);
+                    } else if names_cursor(channel) {
+                        let named = Named::Unlisten(channel.clone());
+                        self.transaction.named.push(named);
                     }
                 }
                 (Effect::UnlistenAll, Some(subscriber)) => {
@@ -240,10 +265,16 @@ impl Session {
                         subscriber.unlisten_all();
                     }
                 }
+                (Effect::Unlisten(_), Some(_)) => {}
                 (Effect::Unlisten(_) | Effect::UnlistenAll, None) => {}
                 _ => continue,
             }
             self.transaction.subscribes = true;
+        }
+        // Perhaps to before it; then what was left goes on, as far as we know.
+        if self.exchange.error.is_some() || self.exchange.tag.is("ROLLBACK") {
+            let listens = |named: &Named| matches!(named, Named::Listen(_));
+            self.transaction.named.retain(listens);
         }
     }
 
@@ -266,26 +297,36 @@ impl Session {
     /// channel just joined is the hub's only from a moment after the commit.
     pub(super) async fn adopt_subscriptions(&mut self) -> Result<(), SessionError> {
         let lent = self.transaction.lent.take();
-        let long_names = std::mem::take(&mut self.transaction.long_names);
+        let named = std::mem::take(&mut self.transaction.named);
         self.transaction.subscribes = false;
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        let listed = reset::command(lease, "SELECT pg_catalog.pg_listening_channels()").await;
-        let listed: HashSet<String> = listed.map_err(server_lost)?.into_iter().collect();
+        let listed = insist(lease, "SELECT pg_catalog.pg_listening_channels()").await?;
         let lent = lent.unwrap_or_default();
         for channel in &lent {
-            if !listed.contains(truncate_identifier(channel))
+            let cut = truncate_identifier(channel);
+            if !listed.iter().any(|name| name == cut)
                 && let Some(subscriber) = &self.subscriber
             {
                 subscriber.unlisten(channel);
             }
         }
         let before: HashSet<&str> = lent.iter().map(|name| truncate_identifier(name)).collect();
-        let mut joined = listed.clone();
-        joined.retain(|name| !before.contains(name.as_str()));
-        for channel in &joined {
-            let mut long = long_names.iter();
+        // The server listens to the plain name of what is left by the name it was asked for with.
+        for named in &named {
+            if let (Named::Unlisten(channel), Some(subscriber)) = (named, &self.subscriber) {
+                subscriber.unlisten(channel);
+            }
+        }
+        // In the order in which they were listened to.
+        let joined = listed.iter().filter(|name| !before.contains(name.as_str()));
+        let joined: Vec<&String> = joined.collect();
+        for channel in joined.iter().copied() {
+            let mut long = named.iter().rev().filter_map(|named| match named {
+                Named::Listen(name) => Some(name),
+                Named::Unlisten(_) => None,
+            });
             let long = long.find(|name| truncate_identifier(name) == channel);
             let listening = self.listen_committed(long.unwrap_or(channel)).await?;
             self.note_unheard(channel, listening)?;
@@ -295,7 +336,7 @@ impl Session {
             // wakes the listeners one by one. One that notifies reads all there is.
             match reset::command(lease, "NOTIFY flowgate_joined").await {
                 // Refused (a timeout of the client's, its cancel): then what comes late comes by the hub alone.
-                Ok(_) | Err(ResetError::Refused(_)) => {}
+                Ok(_) | Err(ResetError::Refused { .. }) => {}
                 Err(error) => return Err(server_lost(error)),
             }
         }
@@ -308,6 +349,7 @@ impl Session {
                 return Err(SessionError::Cut("TooSlow".into()));
             };
             let frames = split(frames.into());
+            let joined = joined.into_iter().cloned().collect();
             self.transaction.heard = Some(Box::new(Overheard { frames, joined }));
         }
         Ok(())
@@ -331,10 +373,11 @@ impl Session {
         channel: &str,
         listening: Result<(), EventsError>,
     ) -> Result<(), SessionError> {
-        let why = match listening {
+        let why = match &listening {
             Ok(()) => return Ok(()),
             Err(EventsError::BadCursor) => "invalid cursor",
-            Err(EventsError::Denied { .. } | EventsError::Unproven { .. }) => "permission denied",
+            Err(EventsError::Denied { .. }) => "permission denied",
+            Err(EventsError::Unproven { why, .. }) => why,
             Err(error) => return Err(SessionError::Cut(error.to_string())),
         };
         ErrorResponse::notice(format!("not listening to \"{channel}\": {why}"))
@@ -346,8 +389,7 @@ impl Session {
         let Some(lease) = self.lease.as_mut() else {
             return Ok(());
         };
-        let quiet = reset::command(lease, "UNLISTEN *").await;
-        quiet.map(drop).map_err(server_lost)
+        insist(lease, "UNLISTEN *").await.map(drop)
     }
 
     /// Whether ReadyForQuery must wait for the session: it listens, or the request may end a transaction that ran LISTEN.
@@ -409,6 +451,25 @@ impl Session {
         }
     }
 
+    /// A request has ended inside a transaction: perhaps not the one it began in (`COMMIT; BEGIN`).
+    pub(super) fn tell_of_another(
+        &mut self,
+        effects: &[Effect],
+        statements: usize,
+        before: TxStatus,
+    ) {
+        // BEGIN, something, COMMIT, BEGIN; or COMMIT, BEGIN.
+        let at_least = if before == TxStatus::Idle { 4 } else { 2 };
+        if self.transaction.tells
+            && statements >= at_least
+            && effects.contains(&Effect::Transaction)
+            && self.replica.is_none()
+            && let Some(hub) = self.hub()
+        {
+            hub.committed();
+        }
+    }
+
     /// `None`: it is told of commits by Postgres alone.
     pub(super) fn hub(&mut self) -> Option<&Arc<Hub>> {
         if self.live.config.events.wake == Wake::Notify {
@@ -428,11 +489,51 @@ impl Session {
     }
 }
 
+/// When a transaction is over: a cancel that was meant for it comes too late.
+async fn insist(server: &mut ServerConn, sql: &str) -> Result<Vec<String>, SessionError> {
+    for _ in 1..LATE_CANCELS {
+        match reset::command(server, sql).await {
+            Err(ResetError::Refused { code, .. }) if code == CANCELLED => {}
+            other => return other.map_err(server_lost),
+        }
+    }
+    reset::command(server, sql).await.map_err(server_lost)
+}
+
+/// The role that a session has, and `name=value` of the settings of nobody's own (`my.own`) that policies may read: those that are
+/// known to be set, that were set for whoever logs in, and that pgflow's policies, or functions they call, name. Postgres lists no others.
+fn who_asks(user: &str, names: impl Iterator<Item = String>) -> String {
+    let names: Vec<String> = names.map(|name| quote::literal(&name)).collect();
+    // Nobody's functions and operators are found, in whatever order the session would look for them.
+    format!(
+        "set local search_path = ''; \
+         with words (w) as (select pg_catalog.pg_get_expr(p.polqual, p.polrelid) from pg_catalog.pg_policy p \
+                join pg_catalog.pg_class c on c.oid = p.polrelid join pg_catalog.pg_namespace s on s.oid = c.relnamespace \
+                where s.nspname = 'pgflow' \
+            union all select f.prosrc from pg_catalog.pg_proc f where exists (select from pg_catalog.pg_depend d \
+                where d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass \
+                and d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and d.refobjid = f.oid)), \
+         names (n) as (select pg_catalog.unnest(array[{}]::pg_catalog.text[]) \
+            union select pg_catalog.split_part(set, '=', 1) from pg_catalog.pg_db_role_setting r, \
+                pg_catalog.unnest(r.setconfig) as set where r.setrole in (0, (select u.oid from pg_catalog.pg_roles u \
+                where u.rolname = {})) and r.setdatabase in (0, (select d.oid from pg_catalog.pg_database d \
+                where d.datname = pg_catalog.current_database())) \
+            union select found[1] from words, pg_catalog.regexp_matches(w, \
+                '''([A-Za-z_][A-Za-z0-9_$]*([.][A-Za-z_][A-Za-z0-9_$]*)+)''', 'g') as found), \
+         given (n, v) as (select distinct pg_catalog.lower(n), pg_catalog.current_setting(pg_catalog.lower(n), true) \
+            from names where n like '%.%') \
+         select said.s from (select 0, current_user::pg_catalog.text \
+            union all select 1, n || '=' || v from given where v is not null) as said (o, s) order by o, s",
+        names.join(", "),
+        quote::literal(user)
+    )
+}
+
 fn not_listening(error: &EventsError) -> ErrorResponse {
     match error {
         EventsError::EmptyChannel => ErrorResponse::error("22023", "channel name cannot be empty"),
         EventsError::BadCursor => ErrorResponse::error("22023", "invalid cursor in channel name")
-            .with_detail("What follows the @ is the number of an event of the run; other channels take none."),
+            .with_detail("What follows the @ is, of a run, the seq of an event; of others, the cursor of one."),
         EventsError::TooManyChannels { limit } => {
             ErrorResponse::error("53400", "too many channels")
                 .with_detail(format!("One session may listen on {limit}."))
@@ -466,6 +567,14 @@ fn not_listening(error: &EventsError) -> ErrorResponse {
                 .with_hint("Retry; see the proxy's log.")
         }
     }
+}
+
+/// A channel as a transaction named it.
+pub(super) enum Named {
+    /// The server cuts it.
+    Listen(String),
+    /// With a cursor: the server may listen to it without.
+    Unlisten(String),
 }
 
 /// What the server itself was told.

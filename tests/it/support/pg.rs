@@ -43,9 +43,13 @@ pub(crate) async fn shared() -> &'static Cluster {
     static SHARED: OnceCell<Cluster> = OnceCell::const_new();
     SHARED
         .get_or_init(async || {
-            let settings = vec![("max_connections".to_owned(), "500".to_owned())];
+            let settings = [
+                ("max_connections", "500"),
+                ("max_prepared_transactions", "20"),
+            ];
+            let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
             Cluster::start(ClusterOptions {
-                settings,
+                settings: settings.into(),
                 ..ClusterOptions::default()
             })
             .await

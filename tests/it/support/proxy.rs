@@ -15,7 +15,7 @@ use super::pg::TestDb;
 use super::raw::Raw;
 
 /// How long anything may take that is expected to happen at all.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Proxy {
     pub(crate) port: u16,
