@@ -12,6 +12,8 @@ const PAGE_BYTES: usize = 1 << 20;
 /// No more transaction ids between its snapshots than that, and a page costs the listener's connection next to nothing. Others,
 /// for which Postgres may have to look through all of the outbox, are read elsewhere.
 const NEAR: u64 = 1_000;
+/// Nor more of them that were in progress, each of which may have written long ago.
+const IN_PROGRESS_MAX: usize = 1_000;
 
 /// What the outbox has at the moment somebody resumes. The oldest transaction need not have drawn the lowest id: among the first few
 /// is one that has.
@@ -69,7 +71,8 @@ impl Start {
 
 /// Whether it is cheap to read what the one look saw and the other did not.
 pub(super) fn is_near(reading: &Reading) -> bool {
-    reading.now.xmax().saturating_sub(reading.before.xmax()) <= NEAR
+    let apart = reading.now.xmax().saturating_sub(reading.before.xmax());
+    apart <= NEAR && reading.before.in_progress().len() <= IN_PROGRESS_MAX
 }
 
 /// The next rows behind the cursor, as `upstream.rs` reads events, and in the last column how many there were before the bound of

@@ -310,6 +310,8 @@ struct Past {
     reading: Arc<Reading>,
     /// Nothing is behind it there.
     done: bool,
+    /// One page was not all of that part: the rest is read where it holds nobody up.
+    long: bool,
     /// Somebody reads a page for it.
     asked: bool,
     missed: Option<Missed>,
@@ -328,6 +330,7 @@ impl Past {
             id,
             reading: Arc::new(Reading { before, now }),
             done: false,
+            long: false,
             asked: false,
             missed,
             lost,
@@ -990,7 +993,7 @@ impl Inbox {
                 before: now.clone(),
                 now: seen.clone(),
             });
-            (past.id, past.done) = (0, false);
+            (past.id, past.done, past.long) = (0, false, false);
         }
         if !low {
             return Step::Nothing;
@@ -1004,7 +1007,7 @@ impl Inbox {
             },
             reading: Arc::clone(&past.reading),
         };
-        if past::is_near(&past.reading) {
+        if past::is_near(&past.reading) && !past.long {
             return Step::Page(page);
         }
         past.asked = true;
@@ -1049,6 +1052,7 @@ impl Inbox {
             self.paging += usize::from(past.asked);
             past.asked = false;
             past.done |= last;
+            past.long |= !last;
         }
     }
 

@@ -32,7 +32,7 @@ use tracing::{debug, info, warn};
 use crate::pgflow::events::{WAKE_CHANNEL, envelope};
 use crate::pgflow::snapshot::Snapshot;
 use crate::server::control::{ControlConnection, DialError, dial, words};
-use crate::server::questions::Asker;
+use crate::server::questions::{Asker, DbError};
 
 use super::EventsError;
 use super::hub::{Fence, Hub, Mailbox, OutboxWork, Work};
@@ -574,7 +574,14 @@ impl<'a> Session<'a> {
                 }
                 Resumed::Page(page) => {
                     let sql = page_sql(&page.at, page.slug.as_deref(), self.has_runs);
-                    let messages = answered(self.client.simple_query(&sql)).await?;
+                    let messages = match answered(self.client.simple_query(&sql)).await {
+                        // Its cursor's fault, and nobody else's.
+                        Err(SessionError::Postgres(error)) if is_bad_value(&error) => {
+                            self.hub.give_up(mailbox);
+                            return Ok(());
+                        }
+                        answer => answer?,
+                    };
                     let rows = messages.iter().filter_map(|message| match message {
                         SimpleQueryMessage::Row(row) => Some(past_row(|at| row.get(at))),
                         _ => None,
@@ -700,7 +707,9 @@ async fn read_far(hub: Arc<Hub>, mailbox: Arc<Mailbox>, page: PastPage, sql: Str
         }
         Err(error) => {
             debug!(database = hub.database, %error, "cannot read what a listener resumes with");
-            if error.is_passing() {
+            // What took too long would do so again.
+            let slow = matches!(&error, DbError::Postgres { code, .. } if code == SqlState::QUERY_CANCELED.code());
+            if error.is_passing() && !slow {
                 sleep(BACKOFF_MAX).await;
             } else {
                 hub.give_up(&mailbox);
@@ -792,6 +801,13 @@ async fn answered<T>(
         Ok(answer) => Ok(answer?),
         Err(_elapsed) => Err(SessionError::Silent(ANSWER_WAIT)),
     }
+}
+
+/// Class 22. (errcodes-appendix.html)
+fn is_bad_value(error: &tokio_postgres::Error) -> bool {
+    error
+        .code()
+        .is_some_and(|code| code.code().starts_with("22"))
 }
 
 fn is_outbox_gone(error: &tokio_postgres::Error) -> bool {

@@ -83,6 +83,11 @@ pub fn names_cursor(name: &str) -> bool {
     tells_of_runs(name) && name.contains('@')
 }
 
+/// What is before it.
+pub fn without_cursor(name: &str) -> &str {
+    name.split_once('@').map_or(name, |(channel, _)| channel)
+}
+
 fn parse_run(rest: &str) -> Option<Channel> {
     let (id, after) = match rest.split_once('@') {
         Some((id, seq)) => {

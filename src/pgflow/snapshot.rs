@@ -113,9 +113,10 @@ impl fmt::Display for Cursor {
     }
 }
 
-/// Digits alone: no sign.
+/// As Postgres writes it: no sign, and no zero in front, with which `xid8` is octal from 16 on.
 fn number(text: &str) -> Option<u64> {
-    let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let short = text == "0" || !text.is_empty() && !text.starts_with('0');
+    let plain = short && text.bytes().all(|byte| byte.is_ascii_digit());
     text.parse().ok().filter(|_| plain)
 }
 
@@ -142,6 +143,8 @@ mod tests {
             "1:+2:",
             "0:0:",
             "10:20:10,",
+            "10:20:010",
+            "10:020:",
             "10:20:14,10",
             "10:20:10,10",
             "10:20:20",

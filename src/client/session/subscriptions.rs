@@ -15,7 +15,7 @@ use crate::client::reply;
 use crate::client::state::Ending;
 use crate::config::Wake;
 use crate::events::{Delivery, EventsError, Hub, Subscriber};
-use crate::pgflow::events::{names_cursor, tells_of_runs, truncate_identifier};
+use crate::pgflow::events::{names_cursor, tells_of_runs, truncate_identifier, without_cursor};
 use crate::pool::reset::{self, ResetError};
 use crate::route::Subscription;
 use crate::server::conn::{Heard, ServerConn};
@@ -245,6 +245,10 @@ impl Session {
         for effect in effects {
             match (effect, &self.subscriber) {
                 (Effect::Listen(channel), _) => {
+                    self.transaction.named.retain(|named| match named {
+                        Named::Unlisten(left) => without_cursor(left) != without_cursor(channel),
+                        Named::Listen(_) => true,
+                    });
                     if truncate_identifier(channel) != channel {
                         let named = Named::Listen(channel.clone());
                         self.transaction.named.push(named);
@@ -313,12 +317,6 @@ impl Session {
             }
         }
         let before: HashSet<&str> = lent.iter().map(|name| truncate_identifier(name)).collect();
-        // The server listens to the plain name of what is left by the name it was asked for with.
-        for named in &named {
-            if let (Named::Unlisten(channel), Some(subscriber)) = (named, &self.subscriber) {
-                subscriber.unlisten(channel);
-            }
-        }
         // In the order in which they were listened to.
         let joined = listed.iter().filter(|name| !before.contains(name.as_str()));
         let joined: Vec<&String> = joined.collect();
@@ -330,6 +328,12 @@ impl Session {
             let long = long.find(|name| truncate_identifier(name) == channel);
             let listening = self.listen_committed(long.unwrap_or(channel)).await?;
             self.note_unheard(channel, listening)?;
+        }
+        // The server listens to the plain name of what is left by the name it was asked for with.
+        for named in &named {
+            if let (Named::Unlisten(channel), Some(subscriber)) = (named, &self.subscriber) {
+                subscriber.unlisten(channel);
+            }
         }
         if let (false, Some(lease)) = (joined.is_empty(), self.lease.as_mut()) {
             // What the hub was told before it had joined, the server may not have been told yet: whoever commits a notification
@@ -458,8 +462,8 @@ impl Session {
         statements: usize,
         before: TxStatus,
     ) {
-        // BEGIN, something, COMMIT, BEGIN; or COMMIT, BEGIN.
-        let at_least = if before == TxStatus::Idle { 4 } else { 2 };
+        // Something, COMMIT, BEGIN; or COMMIT, BEGIN.
+        let at_least = if before == TxStatus::Idle { 3 } else { 2 };
         if self.transaction.tells
             && statements >= at_least
             && effects.contains(&Effect::Transaction)
@@ -510,7 +514,7 @@ fn who_asks(user: &str, names: impl Iterator<Item = String>) -> String {
          with words (w) as (select pg_catalog.pg_get_expr(p.polqual, p.polrelid) from pg_catalog.pg_policy p \
                 join pg_catalog.pg_class c on c.oid = p.polrelid join pg_catalog.pg_namespace s on s.oid = c.relnamespace \
                 where s.nspname = 'pgflow' \
-            union all select f.prosrc from pg_catalog.pg_proc f where exists (select from pg_catalog.pg_depend d \
+            union all select coalesce(pg_catalog.pg_get_function_sqlbody(f.oid), f.prosrc) from pg_catalog.pg_proc f where exists (select from pg_catalog.pg_depend d \
                 where d.classid = 'pg_catalog.pg_policy'::pg_catalog.regclass \
                 and d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass and d.refobjid = f.oid)), \
          names (n) as (select pg_catalog.unnest(array[{}]::pg_catalog.text[]) \
@@ -521,7 +525,8 @@ fn who_asks(user: &str, names: impl Iterator<Item = String>) -> String {
             union select found[1] from words, pg_catalog.regexp_matches(w, \
                 '''([A-Za-z_][A-Za-z0-9_$]*([.][A-Za-z_][A-Za-z0-9_$]*)+)''', 'g') as found), \
          given (n, v) as (select distinct pg_catalog.lower(n), pg_catalog.current_setting(pg_catalog.lower(n), true) \
-            from names where n like '%.%') \
+            from names where n like '%.%' and not exists (select from pg_catalog.pg_settings g \
+                where pg_catalog.lower(g.name) = pg_catalog.lower(n) and g.context <> 'user')) \
          select said.s from (select 0, current_user::pg_catalog.text \
             union all select 1, n || '=' || v from given where v is not null) as said (o, s) order by o, s",
         names.join(", "),
