@@ -1,7 +1,8 @@
 //! Many runs started at once and followed by everything that follows runs: each LISTEN driver, EventSource, pgflow's own client. Of
 //! whatever is killed meanwhile, and whoever's pgflow is in the database, each follower is told of every event of each of its runs,
 //! in order, once or more. The followers are processes (`node/`, `python/`, `follower`) that judge what they hear; here is what
-//! happens to them. `FLOWGATE_FOLLOWERS` says how many runs each follows, and has it told what they met.
+//! happens to them. Each follows 60 runs, undisturbed LISTEN drivers 1,000; `FLOWGATE_FOLLOWERS` says how many each follows in
+//! all crowds, and has it told what they met.
 //!
 //! One crowd at a time, on a cluster of their own that is started by the first: one of them restarts it.
 
@@ -48,15 +49,17 @@ const DRIVERS: [(&str, Driver); 7] = [
     ("psycopg", Driver::Python("psycopg_followers.py")),
     ("asyncpg", Driver::Python("asyncpg_followers.py")),
     ("tokio-postgres", Driver::Tokio),
-    ("EventSource", Driver::Node("eventsource_followers.cjs")),
+    (EVENT_SOURCE, Driver::Node("eventsource_followers.cjs")),
     (PGFLOW, Driver::Node("pgflow_followers.cjs")),
 ];
+const EVENT_SOURCE: &str = "EventSource";
 /// Starts its runs by itself.
 const PGFLOW: &str = "@pgflow/client";
 const KEY: &str = "sb_publishable_crowd";
 /// How often something is done to them; a part of the runs ends after each.
 const ROUNDS: usize = 4;
 const WORKERS: usize = 3;
+const PATIENCE: Duration = Duration::from_secs(300);
 /// More than sockets hold, told to each slow reader.
 const HEAVY_BYTES: usize = 6 << 20;
 
@@ -80,10 +83,6 @@ pub(crate) enum Core {
 fn asked() -> Option<usize> {
     let asked = env::var("FLOWGATE_FOLLOWERS").ok()?;
     Some(asked.parse().expect("a number of followers"))
-}
-
-fn patience() -> Duration {
-    Duration::from_secs(if asked().is_some() { 400 } else { 120 })
 }
 
 /// The cluster is put back by a crowd that did well.
@@ -135,23 +134,30 @@ async fn gather(
     mut proxy: Served,
     commands: Vec<(&'static str, Command)>,
 ) -> String {
-    let count = runs_each();
+    let few = runs_each();
+    let listened = match fault {
+        Fault::Nothing => asked().unwrap_or(1000),
+        _ => few,
+    };
     let runs = Runs {
-        common: ids(count),
-        own: ids(count),
+        common: ids(listened),
+        own: ids(few),
         slow: ids(slow_runs(fault)),
         slow_own: ids(slow_runs(fault)),
     };
     runs.note_heavy(&connect(url).await.unwrap()).await;
     let mut spawned = Vec::new();
-    for (at, (name, command)) in commands.into_iter().enumerate() {
+    for (at, (name, mut command)) in commands.into_iter().enumerate() {
         let slow = fault == Fault::SlowReaders && at % 2 == 1;
-        let followed = match (slow, name == PGFLOW) {
-            (false, false) => &runs.common,
-            (false, true) => &runs.own,
-            (true, false) => &runs.slow,
-            (true, true) => &runs.slow_own,
+        let followed = match (slow, name) {
+            (false, PGFLOW) => &runs.own,
+            (false, EVENT_SOURCE) => &runs.common[..few],
+            (false, _) => &runs.common,
+            (true, PGFLOW) => &runs.slow_own,
+            (true, _) => &runs.slow,
         };
+        let cut = matches!(fault, Fault::ProxyKilled | Fault::PrimaryRestarted);
+        let command = command.env("FLOWGATE_CUT", u8::from(cut).to_string());
         spawned.push(Follower::spawn(name, slow, command, &proxy, followed));
     }
     join_all(spawned.iter_mut().map(Follower::ready)).await;
@@ -176,7 +182,7 @@ async fn gather(
             match fault {
                 Fault::Nothing | Fault::SlowReaders => {}
                 Fault::ListenerKilled => {
-                    wait_until("the next one is killed", patience(), async || {
+                    wait_until("the next one is killed", PATIENCE, async || {
                         killed.load(Ordering::Relaxed) >= round
                     })
                     .await;
@@ -200,7 +206,12 @@ async fn gather(
     told.extend(join_all(slow.into_iter().map(Follower::verdict)).await);
 
     match fault {
-        Fault::Nothing | Fault::PrimaryRestarted | Fault::SlowReaders => {}
+        Fault::Nothing => {
+            for verdict in &told {
+                verdict.listened_on();
+            }
+        }
+        Fault::PrimaryRestarted | Fault::SlowReaders => {}
         // The last one may have gone when nobody was left to follow.
         Fault::ListenerKilled => {
             let lost = proxy.metric("flowgate_event_listener_lost_total").await;
@@ -347,7 +358,7 @@ impl Served {
             command.stderr(Stdio::null());
         }
         self.process = Some(command.spawn().unwrap());
-        wait_until("it serves", patience(), async || {
+        wait_until("it serves", PATIENCE, async || {
             TcpStream::connect(self.http).await.is_ok()
                 && get(self.http, "/readyz", &[]).await.status == 200
         })
@@ -428,7 +439,7 @@ impl Runs {
                 insist(url, &sql).await;
             }
         }));
-        timeout(patience(), ended).await.expect("all are started");
+        timeout(PATIENCE, ended).await.expect("all are started");
     }
 }
 
@@ -455,7 +466,7 @@ async fn insist(url: &str, sql: &str) -> String {
 const COMPLETED: &str = "select count(*) from pgflow.runs where status = 'completed'";
 
 async fn done(url: &str, part: usize) {
-    wait_until("a part of the runs has ended", patience(), async || {
+    wait_until("a part of the runs has ended", PATIENCE, async || {
         insist(url, COMPLETED).await.parse::<usize>().unwrap() >= part
     })
     .await;
@@ -537,6 +548,16 @@ struct Verdict {
 }
 
 impl Verdict {
+    /// Nothing happened to it: it was told over the connections it began with.
+    fn listened_on(&self) {
+        if self.name == EVENT_SOURCE || self.name == PGFLOW {
+            return;
+        }
+        for what in ["reconnects", "gaps"] {
+            assert_eq!(self.met[what], 0, "{}: {}", self.name, self.met);
+        }
+    }
+
     fn noticed(&self) {
         // pgflow's client connects again by itself and tells nobody; but then it is told everything again.
         let what = if self.name == PGFLOW {
@@ -557,7 +578,7 @@ impl Follower {
     fn spawn(
         name: &'static str,
         slow: bool,
-        mut command: Command,
+        command: &mut Command,
         proxy: &Served,
         runs: &[Uuid],
     ) -> Self {
@@ -569,7 +590,7 @@ impl Follower {
             )
             .env("FLOWGATE_HTTP", format!("http://{}", proxy.http))
             .env("FLOWGATE_KEY", KEY)
-            .env("FLOWGATE_PATIENCE", patience().as_secs().to_string())
+            .env("FLOWGATE_PATIENCE", PATIENCE.as_secs().to_string())
             .env(
                 "FLOWGATE_SESSIONS",
                 if slow { 1 } else { SESSIONS }.to_string(),
@@ -607,7 +628,7 @@ impl Follower {
 
     /// The next line it says; with what it complained of, if there is none.
     async fn line(&mut self) -> String {
-        let line = timeout(patience() + Duration::from_secs(30), self.from.next_line()).await;
+        let line = timeout(PATIENCE + Duration::from_secs(30), self.from.next_line()).await;
         match line {
             Ok(Ok(Some(line))) => line,
             Ok(_ended) => panic!(
