@@ -243,7 +243,7 @@ async fn saturation(
              array[jsonb_build_object('n', $1::int8 + n)]) from generate_series(0, $2::int8 - 1) n where $3 <> ''"
         }
         _ => {
-            "select flowgate.publish($3, array_agg('bench'), array_agg(jsonb_build_object('n', $1::int8 + n) order by n)) \
+            "select flowgate.publish($3, array_agg('bench'::text), array_agg(jsonb_build_object('n', $1::int8 + n) order by n)) \
              from generate_series(0, $2::int8 - 1) n"
         }
     };

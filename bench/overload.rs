@@ -1,7 +1,8 @@
-//! More load than there is room for: `cargo bench --bench overload [-- SECONDS]`, 5 a cell if not named. Starts its own Postgres,
-//! Flowgate and, where there is one, PgBouncer, both with a pool of 20. Workers (poll, start_tasks, complete_task), clients that start
-//! runs and dashboards that read them, at 1×, 2×, 4× and 8× of what keeps the machine busy, each against every target in turn:
-//! what becomes of complete_task, how reads are answered, and how soon all is well again when the load ends.
+//! More load than there is room for: `cargo bench --bench overload [-- SECONDS]`, 4 a phase if not named. Starts its own Postgres,
+//! Flowgate (as it comes, and with older answers allowed) and, where there is one, PgBouncer, all with a pool of 20. First it measures what
+//! Postgres can do with as many clients, who work, start runs and read as fast as they are answered. Then 1×, 2×, 4× and 8× of that is
+//! asked of each target: more clients, each at its own pace, all of them connected before the first of them asks. Of each class: what
+//! was answered, how fast, what was refused, and how late; and how soon all is well again when the load ends.
 
 use std::collections::HashSet;
 use std::env;
@@ -18,29 +19,93 @@ use flowgate::schema::{self, InstallOptions};
 use futures_util::future::poll_fn;
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
-use tokio::sync::mpsc;
+use tokio::sync::{Barrier, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{AsyncMessage, Client, NoTls, SimpleQueryMessage};
 
 const POOL: usize = 20;
 /// Clients at 1×.
-const WORKERS: usize = 4;
-const STARTERS: usize = 2;
-const DASHBOARDS: usize = 32;
-/// A dashboard asks that often, as far as it is answered.
-const EVERY: Duration = Duration::from_millis(50);
+const CROWD: Crowd = Crowd {
+    workers: 4,
+    starters: 2,
+    dashboards: 32,
+};
+/// Clients that measure what can be done: as many as a pool has servers.
+const MEASURING: Crowd = Crowd {
+    dashboards: POOL - CROWD.workers - CROWD.starters,
+    ..CROWD
+};
 const MULTIPLES: [usize; 4] = [1, 2, 4, 8];
 /// Runs that dashboards look at, each at its own.
 const WATCHED: usize = 64;
-/// Tasks that wait before each cell.
-const BACKLOG: usize = 8_000;
+/// Tasks that wait while it is measured what can be done.
+const BACKLOG: usize = 4_000;
 const PATIENCE: Duration = Duration::from_secs(30);
+/// One request may take that long.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy)]
+struct Crowd {
+    workers: usize,
+    starters: usize,
+    dashboards: usize,
+}
+
+/// How often a client asks; no more often than it is answered.
+#[derive(Clone, Copy, Default)]
+struct Paces {
+    complete: Duration,
+    start: Duration,
+    read: Duration,
+}
+
+/// What clients ask for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Complete,
+    Start,
+    Read,
+}
+
+impl Class {
+    const ALL: [Self; 3] = [Self::Complete, Self::Start, Self::Read];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete_task",
+            Self::Start => "start_flow",
+            Self::Read => "read",
+        }
+    }
+}
+
+/// What became of one class in one phase.
+#[derive(Default)]
+struct Outcome {
+    answered: Vec<Duration>,
+    refused: Vec<Duration>,
+}
+
+struct Phase {
+    seconds: f64,
+    classes: [Outcome; Class::ALL.len()],
+    /// Reads answered from memory under load.
+    older: u64,
+    dropped: Vec<String>,
+    well_again: Duration,
+}
+
+impl Phase {
+    fn rate(&self, class: Class) -> f64 {
+        self.classes[class as usize].answered.len() as f64 / self.seconds
+    }
+}
 
 fn main() -> anyhow::Result<()> {
     // `cargo bench` adds `--bench`.
     let seconds = env::args().skip(1).find(|word| word != "--bench");
-    let seconds = seconds.map_or(Ok(5), |word| {
+    let seconds = seconds.map_or(Ok(4), |word| {
         word.parse()
             .with_context(|| format!("`{word}` is no number of seconds"))
     })?;
@@ -52,7 +117,8 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn measure(length: Duration) -> anyhow::Result<()> {
-    let most = MULTIPLES[MULTIPLES.len() - 1] * (WORKERS + STARTERS + DASHBOARDS);
+    let most = MULTIPLES[MULTIPLES.len() - 1];
+    let most = most * (CROWD.workers + CROWD.starters + CROWD.dashboards);
     let cluster = Cluster::start(ClusterOptions {
         settings: vec![("max_connections".to_owned(), (most + 100).to_string())],
         ..ClusterOptions::default()
@@ -77,18 +143,88 @@ async fn measure(length: Duration) -> anyhow::Result<()> {
     targets.push(("flowgate", through));
     targets.push(("flowgate, max_stale_ms = 5000", older));
 
+    backlog(&admin, BACKLOG).await?;
+    let capacity = one(&primary, MEASURING, Paces::default(), length, &runs).await?;
+    let [complete, started, read] = Class::ALL.map(|class| capacity.rate(class));
+    if complete == 0.0 || started == 0.0 || read == 0.0 {
+        bail!("nothing was done in {length:?}: {:?}", capacity.dropped);
+    }
     println!(
-        "| load | target | complete_task/s | p50 ms | p99 ms | reads/s | of these old | refused/s | refusal p99 ms | read p99 ms | well again ms | lost |"
+        "capacity with {POOL} clients: {complete:.0} complete_task/s, {started:.0} start_flow/s, {read:.0} reads/s\n"
     );
-    println!("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
-    for multiple in MULTIPLES {
-        for (name, url) in &targets {
-            backlog(&admin).await?;
-            let cell = one(url, multiple, length, &runs).await?;
-            println!("| {multiple}× | {name} | {cell} |");
+    let pace = |clients: usize, rate: f64| Duration::from_secs_f64(clients as f64 / rate);
+    let paces = Paces {
+        complete: pace(CROWD.workers, complete),
+        start: pace(CROWD.starters, started),
+        read: pace(CROWD.dashboards, read),
+    };
+    // More than can be completed in a phase.
+    let tasks = (complete * length.as_secs_f64() * 1.5) as usize + 1_000;
+
+    println!(
+        "| target | load | class | answered/s | p50 ms | p99 ms | refused/s | refusal p99 ms | from memory |"
+    );
+    println!("|---|---:|---|---:|---:|---:|---:|---:|---:|");
+    let mut summary = Vec::new();
+    for (name, url) in &targets {
+        let mut peak = None;
+        for multiple in MULTIPLES {
+            backlog(&admin, tasks).await?;
+            let crowd = Crowd {
+                workers: CROWD.workers * multiple,
+                starters: CROWD.starters * multiple,
+                dashboards: CROWD.dashboards * multiple,
+            };
+            let phase = one(url, crowd, paces, length, &runs).await?;
+            for why in phase.dropped.iter().collect::<HashSet<_>>() {
+                eprintln!("{name}, {multiple}×: {why}");
+            }
+            for class in Class::ALL {
+                println!(
+                    "| {name} | {multiple}× | {} | {} |",
+                    class.name(),
+                    phase.row(class)
+                );
+            }
+            let completed = &phase.classes[Class::Complete as usize].answered;
+            let here = (phase.rate(Class::Complete), millis(completed, 0.99));
+            let (rate, late) = *peak.get_or_insert(here);
+            summary.push(format!(
+                "| {name} | {multiple}× | {:.0} % | {:.1}× | {:.0} | {} |",
+                here.0 / rate * 100.0,
+                here.1.unwrap_or(f64::NAN) / late.unwrap_or(f64::NAN),
+                phase.well_again.as_secs_f64() * 1000.0,
+                phase.dropped.len()
+            ));
         }
     }
+    println!(
+        "\n| target | load | complete_task/s, of 1× | its p99, of 1× | well again after ms | connections dropped |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|");
+    summary.iter().for_each(|row| println!("{row}"));
     Ok(())
+}
+
+impl Phase {
+    fn row(&self, class: Class) -> String {
+        let Outcome { answered, refused } = &self.classes[class as usize];
+        let older = match class {
+            Class::Read => {
+                let share = self.older as f64 / answered.len().max(1) as f64;
+                format!("{:.0} %", share * 100.0)
+            }
+            Class::Complete | Class::Start => String::new(),
+        };
+        format!(
+            "{:.0} | {} | {} | {:.0} | {} | {older}",
+            self.rate(class),
+            spelled(millis(answered, 0.5)),
+            spelled(millis(answered, 0.99)),
+            refused.len() as f64 / self.seconds,
+            spelled(millis(refused, 0.99)),
+        )
+    }
 }
 
 /// So many runs, by their ids.
@@ -100,16 +236,18 @@ async fn start(client: &Client, count: usize) -> anyhow::Result<Vec<String>> {
     Ok(column(&rows, 0))
 }
 
-async fn backlog(admin: &Client) -> anyhow::Result<()> {
+/// So many tasks wait, those left behind by the phase before among them.
+async fn backlog(admin: &Client, tasks: usize) -> anyhow::Result<()> {
     let rows = admin
         .simple_query("select count(*) from pgmq.q_bench")
         .await?;
     let waiting: usize = column(&rows, 0)[0].parse()?;
-    if waiting < BACKLOG {
-        start(admin, BACKLOG - waiting).await?;
+    if waiting < tasks {
+        start(admin, tasks - waiting).await?;
     }
-    // The ones left behind by the cell before are to be had again.
+    // Tasks that were started and not completed are to be had again.
     for sql in [
+        "update pgflow.step_tasks set status = 'queued', started_at = null, last_worker_id = null where status = 'started'",
         "update pgmq.q_bench set vt = now()",
         "vacuum analyze pgmq.q_bench",
         "vacuum analyze pgflow.step_tasks",
@@ -120,104 +258,122 @@ async fn backlog(admin: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a client saw, one line each.
+/// What a client saw: how long something took.
 enum Seen {
-    Completed(Duration),
-    Read(Duration),
-    Refused(Duration),
-    Lost(String),
+    Answered(Class, Duration),
+    Refused(Class, Duration),
+    Dropped(String),
+}
+
+/// What all clients of a phase share.
+struct Scene {
+    begin: Barrier,
+    stop: AtomicBool,
+    tell: mpsc::Sender<Seen>,
+    paces: Paces,
+    /// Reads answered from memory under load.
+    older: AtomicU64,
 }
 
 async fn one(
     url: &str,
-    multiple: usize,
+    crowd: Crowd,
+    paces: Paces,
     length: Duration,
     runs: &[String],
-) -> anyhow::Result<String> {
+) -> anyhow::Result<Phase> {
     let probe = connect(url).await?;
     let quiet = probe_once(&probe.client, 20).await?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let old = Arc::new(AtomicU64::new(0));
+    let all = crowd.workers + crowd.starters + crowd.dashboards;
+    let mut connected = Vec::with_capacity(all);
+    for _ in 0..all {
+        connected.push(connect(url).await?);
+    }
     let (tell, mut heard) = mpsc::channel(1 << 16);
+    let scene = Arc::new(Scene {
+        begin: Barrier::new(all + 1),
+        stop: AtomicBool::new(false),
+        tell,
+        paces,
+        older: AtomicU64::new(0),
+    });
     let mut clients = JoinSet::new();
-    for _ in 0..WORKERS * multiple {
-        let (client, stop, tell) = (connect(url).await?, Arc::clone(&stop), tell.clone());
-        clients.spawn(async move { noted(work(&client.client, &stop, &tell).await, &tell).await });
-    }
-    for _ in 0..STARTERS * multiple {
-        let (client, stop, tell) = (connect(url).await?, Arc::clone(&stop), tell.clone());
-        clients.spawn(async move { noted(begin(&client.client, &stop).await, &tell).await });
-    }
-    for at in 0..DASHBOARDS * multiple {
-        let (client, stop, tell) = (connect(url).await?, Arc::clone(&stop), tell.clone());
-        let (run, old) = (runs[at % runs.len()].clone(), Arc::clone(&old));
+    for (at, client) in connected.into_iter().enumerate() {
+        let scene = Arc::clone(&scene);
+        let run = runs[at % runs.len()].clone();
         clients.spawn(async move {
-            noted(look(&client, &run, &stop, &tell).await, &tell).await;
-            old.fetch_add(client.notices.load(Ordering::Relaxed), Ordering::Relaxed);
+            let done = if at < crowd.workers {
+                work(&client.client, &scene).await
+            } else if at < crowd.workers + crowd.starters {
+                begin(&client.client, &scene).await
+            } else {
+                look(&client, &run, &scene).await
+            };
+            if let Err(error) = done {
+                // Nobody listens any more when the phase is over.
+                drop(scene.tell.send(Seen::Dropped(format!("{error:#}"))).await);
+            }
         });
     }
-    drop(tell);
     let gather = tokio::spawn(async move {
-        let (mut completed, mut reads, mut refused) = (Vec::new(), Vec::new(), Vec::new());
-        let mut lost = Vec::new();
+        let (mut classes, mut dropped) = (Default::default(), Vec::new());
         while let Some(seen) = heard.recv().await {
+            let classes: &mut [Outcome; Class::ALL.len()] = &mut classes;
             match seen {
-                Seen::Completed(took) => completed.push(took),
-                Seen::Read(took) => reads.push(took),
-                Seen::Refused(took) => refused.push(took),
-                Seen::Lost(why) => lost.push(why),
+                Seen::Answered(class, took) => classes[class as usize].answered.push(took),
+                Seen::Refused(class, took) => classes[class as usize].refused.push(took),
+                Seen::Dropped(why) => dropped.push(why),
             }
         }
-        (completed, reads, refused, lost)
+        (classes, dropped)
     });
+    // Everybody is connected.
+    scene.begin.wait().await;
     let began = Instant::now();
     sleep(length).await;
     let seconds = began.elapsed().as_secs_f64();
-    stop.store(true, Ordering::Relaxed);
+    scene.stop.store(true, Ordering::Relaxed);
     let ended = Instant::now();
     // Well again: as quick as before, ten times in a row.
     let mut in_row = 0;
-    let mut since = Duration::ZERO;
+    let mut well_again = Duration::ZERO;
     while in_row < 10 && ended.elapsed() < PATIENCE {
         let asked = ended.elapsed();
         if probe_once(&probe.client, 1).await? <= quiet * 2 + Duration::from_millis(2) {
-            since = if in_row == 0 { asked } else { since };
+            well_again = if in_row == 0 { asked } else { well_again };
             in_row += 1;
         } else {
             in_row = 0;
         }
     }
+    if in_row < 10 {
+        well_again = PATIENCE;
+    }
     while let Some(joined) = clients.join_next().await {
         joined?;
     }
-    let (completed, reads, refused, lost) = gather.await?;
-    for why in lost.iter().collect::<HashSet<_>>() {
-        eprintln!("{multiple}×: {why}");
-    }
-    let per_second = |what: &[Duration]| what.len() as f64 / seconds;
-    Ok(format!(
-        "{:.0} | {} | {} | {:.0} | {:.0} % | {:.0} | {} | {} | {:.0} | {}",
-        per_second(&completed),
-        at(&completed, 0.5),
-        at(&completed, 0.99),
-        per_second(&reads),
-        old.load(Ordering::Relaxed) as f64 / reads.len().max(1) as f64 * 100.0,
-        per_second(&refused),
-        at(&refused, 0.99),
-        at(&reads, 0.99),
-        since.as_secs_f64() * 1000.0,
-        lost.len()
-    ))
+    let older = scene.older.load(Ordering::Relaxed);
+    drop(scene);
+    let (classes, dropped) = gather.await?;
+    Ok(Phase {
+        seconds,
+        classes,
+        older,
+        dropped,
+        well_again,
+    })
 }
 
-/// Milliseconds.
-fn at(what: &[Duration], share: f64) -> String {
+/// `None`: there are none.
+fn millis(what: &[Duration], share: f64) -> Option<f64> {
     let mut sorted = what.to_vec();
     sorted.sort();
     let place = (sorted.len().saturating_sub(1) as f64 * share) as usize;
-    sorted.get(place).map_or("–".to_owned(), |took| {
-        format!("{:.1}", took.as_secs_f64() * 1000.0)
-    })
+    sorted.get(place).map(|took| took.as_secs_f64() * 1000.0)
+}
+
+fn spelled(millis: Option<f64>) -> String {
+    millis.map_or("–".to_owned(), |millis| format!("{millis:.1}"))
 }
 
 /// The median of some starts.
@@ -234,73 +390,105 @@ async fn probe_once(client: &Client, times: usize) -> anyhow::Result<Duration> {
     Ok(took[times / 2])
 }
 
-async fn noted(done: anyhow::Result<()>, tell: &mpsc::Sender<Seen>) {
-    if let Err(error) = done {
-        // Nobody listens any more when the cell is over.
-        drop(tell.send(Seen::Lost(format!("{error:#}"))).await);
+impl Scene {
+    fn goes_on(&self) -> bool {
+        !self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Asks, and tells what came of it; then waits for the next time. `None`: refused.
+    async fn ask(
+        &self,
+        client: &Client,
+        class: Class,
+        sql: &str,
+    ) -> anyhow::Result<Option<Vec<SimpleQueryMessage>>> {
+        let pace = match class {
+            Class::Complete => self.paces.complete,
+            Class::Start => self.paces.start,
+            Class::Read => self.paces.read,
+        };
+        let began = Instant::now();
+        let asked = timeout(ANSWER_MAX, client.simple_query(sql));
+        let (seen, rows) = match asked.await.context("no answer at all")? {
+            Ok(rows) => (Seen::Answered(class, began.elapsed()), Some(rows)),
+            Err(error) if is_refusal(&error) => (Seen::Refused(class, began.elapsed()), None),
+            Err(error) => return Err(error.into()),
+        };
+        // What comes after the end is not this load's.
+        if self.goes_on() {
+            self.tell.send(seen).await?;
+            sleep(pace.saturating_sub(began.elapsed())).await;
+        }
+        Ok(rows)
     }
 }
 
+fn is_refusal(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| code.code() == "53300")
+}
+
 /// A worker: polls, starts what it got, completes it.
-async fn work(client: &Client, stop: &AtomicBool, tell: &mpsc::Sender<Seen>) -> anyhow::Result<()> {
+async fn work(client: &Client, scene: &Scene) -> anyhow::Result<()> {
     let register = "insert into pgflow.workers (queue_name, worker_id, function_name)
                     values ('bench', gen_random_uuid(), 'bench') returning worker_id";
-    let worker = column(&client.simple_query(register).await?, 0).remove(0);
-    while !stop.load(Ordering::Relaxed) {
+    let registered = client.simple_query(register).await;
+    scene.begin.wait().await;
+    let worker = column(&registered?, 0).remove(0);
+    while scene.goes_on() {
         let poll = "select msg_id from pgmq.read_with_poll('bench', 60, 5, 1, 50)";
-        let messages = column(&client.simple_query(poll).await?, 0).join(",");
+        let messages = match client.simple_query(poll).await {
+            Ok(rows) => column(&rows, 0).join(","),
+            Err(error) if is_refusal(&error) => continue,
+            Err(error) => return Err(error.into()),
+        };
         if messages.is_empty() {
             continue;
         }
         let start = format!(
             "select run_id, task_index from pgflow.start_tasks('bench', array[{messages}]::bigint[], '{worker}')"
         );
-        let rows = client.simple_query(&start).await?;
+        let rows = match client.simple_query(&start).await {
+            Ok(rows) => rows,
+            Err(error) if is_refusal(&error) => continue,
+            Err(error) => return Err(error.into()),
+        };
         for (run, index) in column(&rows, 0).iter().zip(column(&rows, 1)) {
             let complete = format!("select pgflow.complete_task('{run}', 'one', {index}, '{{}}')");
-            let began = Instant::now();
-            client.simple_query(&complete).await?;
-            tell.send(Seen::Completed(began.elapsed())).await?;
+            scene.ask(client, Class::Complete, &complete).await?;
+            if !scene.goes_on() {
+                return Ok(());
+            }
         }
     }
     Ok(())
 }
 
 /// Starts runs.
-async fn begin(client: &Client, stop: &AtomicBool) -> anyhow::Result<()> {
-    while !stop.load(Ordering::Relaxed) {
-        client
-            .simple_query("select pgflow.start_flow('bench', '{}')")
-            .await?;
-        sleep(Duration::from_millis(10)).await;
+async fn begin(client: &Client, scene: &Scene) -> anyhow::Result<()> {
+    scene.begin.wait().await;
+    while scene.goes_on() {
+        let sql = "select pgflow.start_flow('bench', '{}')";
+        scene.ask(client, Class::Start, sql).await?;
     }
     Ok(())
 }
 
 /// A dashboard: one run's state, and the list of the latest.
-async fn look(
-    client: &Connected,
-    run: &str,
-    stop: &AtomicBool,
-    tell: &mpsc::Sender<Seen>,
-) -> anyhow::Result<()> {
+async fn look(client: &Connected, run: &str, scene: &Scene) -> anyhow::Result<()> {
     let reads = [
         format!("select pgflow.get_run_with_states('{run}')"),
         "select run_id, status from pgflow.runs order by started_at desc limit 20".to_owned(),
     ];
+    scene.begin.wait().await;
     for read in reads.iter().cycle() {
-        if stop.load(Ordering::Relaxed) {
+        if !scene.goes_on() {
             break;
         }
-        let began = Instant::now();
-        match client.client.simple_query(read).await {
-            Ok(_) => tell.send(Seen::Read(began.elapsed())).await?,
-            Err(error) if error.code().is_some_and(|code| code.code() == "53300") => {
-                tell.send(Seen::Refused(began.elapsed())).await?;
-            }
-            Err(error) => return Err(error.into()),
+        let before = client.notices.load(Ordering::Relaxed);
+        scene.ask(&client.client, Class::Read, read).await?;
+        if scene.goes_on() && client.notices.load(Ordering::Relaxed) > before {
+            scene.older.fetch_add(1, Ordering::Relaxed);
         }
-        sleep(EVERY.saturating_sub(began.elapsed())).await;
     }
     Ok(())
 }

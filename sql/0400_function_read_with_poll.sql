@@ -2,7 +2,8 @@
 -- Called by: workers of pgflow 0.7, all the time; Flowgate holds the wait itself and lets only the hit through.
 -- Locks: the messages taken, SKIP LOCKED, never waiting. Failure: the caller's; nothing is then taken.
 -- Holds its connection and its snapshot while it waits. The clock is a parameter of the scan, not called in it, so that the
--- index on vt can be used when many messages are invisible.
+-- index on vt can be used when many messages are invisible. Which columns a message has depends on pgmq's version, so they
+-- are matched by name.
 create or replace function pgflow.read_with_poll(
     queue_name       text,
     vt               integer,
@@ -19,15 +20,14 @@ as $$
 #variable_conflict use_column
 declare
     v_deadline timestamptz := clock_timestamp() + make_interval(secs => read_with_poll.max_poll_seconds);
-    v_message  record;
-    v_taken    pgmq.message_record;
-    v_any      boolean := false;
     v_sql      text := format(
         'with taken as materialized ('
-        '  select m.msg_id from pgmq.%1$I as m where m.vt <= $1 %2$s order by m.msg_id limit $2 for update skip locked)'
-        ' update pgmq.%1$I as m set vt = clock_timestamp() + make_interval(secs => $3), read_ct = m.read_ct + 1'
-        ' from taken where m.msg_id = taken.msg_id'
-        ' returning m.msg_id, m.read_ct, m.enqueued_at, m.vt, m.message',
+        '  select m.msg_id from pgmq.%1$I as m where m.vt <= $1 %2$s order by m.msg_id limit $2 for update skip locked), '
+        'read as ('
+        '  update pgmq.%1$I as m set vt = clock_timestamp() + make_interval(secs => $3), read_ct = m.read_ct + 1'
+        '  from taken where m.msg_id = taken.msg_id'
+        '  returning to_jsonb(m) as message) '
+        'select told.* from read, jsonb_populate_record(null::pgmq.message_record, read.message) as told',
         pgmq.format_table_name(read_with_poll.queue_name::text, 'q'::text),
         case when read_with_poll.conditional <> '{}'::jsonb then 'and m.message @> $4' else '' end);
 begin
@@ -36,20 +36,9 @@ begin
             return;
         end if;
 
-        for v_message in
-            execute v_sql
-            using clock_timestamp(), read_with_poll.qty, read_with_poll.vt, read_with_poll.conditional
-        loop
-            -- By name: what else a message_record has, and where, depends on pgmq's version.
-            v_taken.msg_id := v_message.msg_id;
-            v_taken.read_ct := v_message.read_ct;
-            v_taken.enqueued_at := v_message.enqueued_at;
-            v_taken.vt := v_message.vt;
-            v_taken.message := v_message.message;
-            v_any := true;
-            return next v_taken;
-        end loop;
-        if v_any then
+        return query execute v_sql
+            using clock_timestamp(), read_with_poll.qty, read_with_poll.vt, read_with_poll.conditional;
+        if found then
             return;
         end if;
 

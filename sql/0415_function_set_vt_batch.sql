@@ -1,6 +1,7 @@
 -- Sets when each of several messages becomes visible: now plus its offset in seconds. Returns the messages changed.
 -- Called by: clients. Locks: the messages, in order of their ids. Failure: the caller's; unknown ids are passed over.
 --
+-- Which columns a message has depends on pgmq's version, so they are matched by name.
 -- What 0.14 has in its place returns a table, which `create or replace` can't change.
 do $$
 begin
@@ -21,9 +22,6 @@ volatile
 set search_path = ''
 as $$
 #variable_conflict use_column
-declare
-    v_message record;
-    v_changed pgmq.message_record;
 begin
     if coalesce(cardinality(set_vt_batch.msg_ids), 0) = 0 or coalesce(cardinality(set_vt_batch.vt_offsets), 0) = 0 then
         return;
@@ -33,22 +31,16 @@ begin
             cardinality(set_vt_batch.msg_ids), cardinality(set_vt_batch.vt_offsets);
     end if;
 
-    for v_message in execute format(
+    return query execute format(
         'with held as materialized ('
-        '  select m.msg_id from pgmq.%1$I as m where m.msg_id = any ($1) order by m.msg_id for no key update)'
-        ' update pgmq.%1$I as m set vt = clock_timestamp() + make_interval(secs => wanted.seconds)'
-        ' from held join unnest($1, $2) as wanted(msg_id, seconds) on wanted.msg_id = held.msg_id'
-        ' where m.msg_id = held.msg_id'
-        ' returning m.msg_id, m.read_ct, m.enqueued_at, m.vt, m.message',
+        '  select m.msg_id from pgmq.%1$I as m where m.msg_id = any ($1) order by m.msg_id for no key update), '
+        'changed as ('
+        '  update pgmq.%1$I as m set vt = clock_timestamp() + make_interval(secs => wanted.seconds)'
+        '  from held join unnest($1, $2) as wanted(msg_id, seconds) on wanted.msg_id = held.msg_id'
+        '  where m.msg_id = held.msg_id'
+        '  returning to_jsonb(m) as message) '
+        'select told.* from changed, jsonb_populate_record(null::pgmq.message_record, changed.message) as told',
         pgmq.format_table_name(set_vt_batch.queue_name::text, 'q'::text))
-        using set_vt_batch.msg_ids, set_vt_batch.vt_offsets
-    loop
-        v_changed.msg_id := v_message.msg_id;
-        v_changed.read_ct := v_message.read_ct;
-        v_changed.enqueued_at := v_message.enqueued_at;
-        v_changed.vt := v_message.vt;
-        v_changed.message := v_message.message;
-        return next v_changed;
-    end loop;
+    using set_vt_batch.msg_ids, set_vt_batch.vt_offsets;
 end;
 $$;

@@ -26,6 +26,10 @@ begin
         end if;
     end if;
 
+    if obj_description(to_regclass('realtime.messages')) = 'A copy of flowgate.event' then
+        drop table realtime.messages;
+    end if;
+    -- What an earlier version had in its place.
     if exists (
         select from pg_catalog.pg_depend as d
         join pg_catalog.pg_rewrite as w on d.classid = 'pg_rewrite'::regclass and w.oid = d.objid

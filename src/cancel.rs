@@ -5,12 +5,14 @@
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use subtle::ConstantTimeEq;
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::warn;
 
 use crate::server::conn::ServerKey;
@@ -18,6 +20,10 @@ use crate::server::connect::send_cancel;
 
 /// How long a CancelRequest may take to reach Postgres; a server whose cancel is under way is held that long at most.
 const LANDING_MAX: Duration = Duration::from_secs(5);
+/// A cancel may overtake the request it is meant for, which comes on another connection: it waits this long for one.
+const OVERTAKES_MAX: Duration = Duration::from_millis(10);
+/// Postgres ignores a cancel that comes before it has read the query. If the request still runs after these, it is asked anew.
+const AGAIN: [Duration; 2] = [Duration::from_millis(15), Duration::from_millis(100)];
 
 /// Every key in use.
 #[derive(Default)]
@@ -55,7 +61,20 @@ struct Registered {
 #[derive(Default)]
 pub(crate) struct CancelSlot {
     held: Mutex<Held>,
-    landed: Notify,
+    /// Counts beginnings and ends of requests: while it stays, what runs is the same.
+    turn: AtomicU32,
+    /// Cancels that want to know of changes.
+    watchers: AtomicU32,
+    /// The turn, or what is in flight.
+    changed: Notify,
+}
+
+/// What a cancel is for.
+enum Aim {
+    /// The wait under way, which knows by now.
+    Wait,
+    Server(Arc<ServerKey>),
+    Nothing,
 }
 
 #[derive(Default)]
@@ -129,21 +148,31 @@ impl CancelSlot {
     /// The client holds this server from now on.
     pub(crate) fn hold(&self, server: &Arc<ServerKey>) {
         lock(&self.held).server = Some(Arc::clone(server));
+        self.note_turn();
+    }
+
+    /// A request of the client begins or ends.
+    pub(crate) fn note_turn(&self) {
+        self.turn.fetch_add(1, Ordering::SeqCst);
+        if self.watchers.load(Ordering::SeqCst) > 0 {
+            self.changed.notify_waiters();
+        }
     }
 
     /// The client is about to let its server go; returns once no cancel is under way towards it.
     pub(crate) async fn release(&self) {
         loop {
-            let landed = self.landed.notified();
+            let landed = self.changed.notified();
             {
                 let mut held = lock(&self.held);
                 held.server = None;
                 if held.in_flight == 0 {
-                    return;
+                    break;
                 }
             }
             landed.await;
         }
+        self.note_turn();
     }
 
     /// Cancels on their way to a server, and whether the client has let that server go and waits for them to land.
@@ -154,32 +183,95 @@ impl CancelSlot {
 
     /// Begins a wait for a server; cancels that arrive until it is dropped are this wait's.
     pub(crate) fn wait(&self) -> Wait<'_> {
-        let mut held = lock(&self.held);
-        held.waiting = true;
-        held.cancelled = false;
+        {
+            let mut held = lock(&self.held);
+            held.waiting = true;
+            held.cancelled = false;
+        }
+        self.note_turn();
         Wait(self)
     }
 
+    /// Returns once what the client has sent before is cancelled, as far as that can be known.
     async fn cancel(&self) {
-        let server = {
-            let mut held = lock(&self.held);
-            if held.waiting {
-                held.cancelled = true;
-                if let Some(waiter) = held.waiter.take() {
-                    waiter.wake();
-                }
+        let _watching = Watching::begin(self);
+        let patience = Instant::now() + OVERTAKES_MAX;
+        let (server, turn) = loop {
+            let changed = self.changed.notified();
+            let turn = self.turn.load(Ordering::SeqCst);
+            match self.aim(None) {
+                Aim::Wait => return,
+                Aim::Server(server) => break (server, turn),
+                Aim::Nothing if timeout_at(patience, changed).await.is_err() => return,
+                Aim::Nothing => {}
+            }
+        };
+        self.send(&server).await;
+        for patience in AGAIN {
+            if self.has_moved_on(turn, patience).await {
                 return;
             }
-            let Some(server) = held.server.clone() else {
+            let Aim::Server(server) = self.aim(Some(turn)) else {
                 return;
             };
-            held.in_flight += 1;
-            server
+            self.send(&server).await;
+        }
+    }
+
+    /// What a cancel is for now; a server is not let go until `send` is over. `only_in`: in no other turn.
+    fn aim(&self, only_in: Option<u32>) -> Aim {
+        let mut held = lock(&self.held);
+        if only_in.is_some_and(|turn| self.turn.load(Ordering::SeqCst) != turn) {
+            return Aim::Nothing;
+        }
+        if held.waiting {
+            held.cancelled = true;
+            if let Some(waiter) = held.waiter.take() {
+                waiter.wake();
+            }
+            return Aim::Wait;
+        }
+        let Some(server) = held.server.clone() else {
+            return Aim::Nothing;
         };
+        held.in_flight += 1;
+        Aim::Server(server)
+    }
+
+    async fn send(&self, server: &ServerKey) {
         let _landing = Landing(self);
-        if let Err(error) = send_cancel(&server, LANDING_MAX).await {
+        if let Err(error) = send_cancel(server, LANDING_MAX).await {
             warn!(host = %server.host, port = server.port, %error, "could not pass a cancel request on");
         }
+    }
+
+    /// Whether the request of that turn has ended within `patience`.
+    async fn has_moved_on(&self, turn: u32, patience: Duration) -> bool {
+        let moved = async {
+            loop {
+                let changed = self.changed.notified();
+                if self.turn.load(Ordering::SeqCst) != turn {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        timeout(patience, moved).await.is_ok()
+    }
+}
+
+struct Watching<'a>(&'a CancelSlot);
+
+impl<'a> Watching<'a> {
+    fn begin(slot: &'a CancelSlot) -> Self {
+        slot.watchers.fetch_add(1, Ordering::SeqCst);
+        Self(slot)
+    }
+}
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.watchers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -188,7 +280,7 @@ struct Landing<'a>(&'a CancelSlot);
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
         lock(&self.0.held).in_flight -= 1;
-        self.0.landed.notify_waiters();
+        self.0.changed.notify_waiters();
     }
 }
 
@@ -198,6 +290,20 @@ pub(crate) struct Wait<'a>(&'a CancelSlot);
 impl Wait<'_> {
     pub(crate) fn is_cancelled(&self) -> bool {
         lock(&self.0.held).cancelled
+    }
+
+    /// The wait has ended well, if it was not cancelled: then the server is the client's from now on.
+    pub(crate) fn hold(&self, server: &Arc<ServerKey>) -> bool {
+        {
+            let mut held = lock(&self.0.held);
+            if held.cancelled {
+                return false;
+            }
+            held.waiting = false;
+            held.server = Some(Arc::clone(server));
+        }
+        self.0.note_turn();
+        true
     }
 
     /// Resolves when this wait is cancelled.
@@ -294,5 +400,64 @@ mod tests {
             futures_util::poll!(pin!(next.cancelled())).is_pending(),
             "both cancels were the first wait's"
         );
+    }
+
+    #[tokio::test]
+    async fn a_cancel_that_overtakes_its_request_finds_it() {
+        let slot = CancelSlot::default();
+        let mut early = pin!(slot.cancel());
+        assert!(futures_util::poll!(&mut early).is_pending());
+        let wait = slot.wait();
+        early.await;
+        assert!(wait.is_cancelled());
+        // A server that came all the same is not taken for it.
+        assert!(!wait.hold(&nobody(1)));
+        drop(wait);
+        // Nothing comes: the cancel was too late rather than too early.
+        slot.cancel().await;
+        let next = slot.wait();
+        assert!(!next.is_cancelled() && next.hold(&nobody(1)));
+    }
+
+    #[tokio::test]
+    async fn a_cancel_is_sent_anew_while_the_same_request_runs() {
+        let postgres = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let slot = Arc::new(CancelSlot::default());
+        slot.hold(&nobody(postgres.local_addr().unwrap().port()));
+        let cancelling = tokio::spawn({
+            let slot = Arc::clone(&slot);
+            async move { slot.cancel().await }
+        });
+        for _again in 0..1 + AGAIN.len() {
+            // Each is held until its connection is closed.
+            let (connection, _) = postgres.accept().await.unwrap();
+            assert_eq!(slot.in_flight().0, 1);
+            drop(connection);
+        }
+        cancelling.await.unwrap();
+
+        let turns_on = tokio::spawn({
+            let slot = Arc::clone(&slot);
+            async move { slot.cancel().await }
+        });
+        let (connection, _) = postgres.accept().await.unwrap();
+        slot.note_turn();
+        drop(connection);
+        turns_on.await.unwrap();
+        let more = pin!(postgres.accept());
+        assert!(
+            futures_util::poll!(more).is_pending(),
+            "what runs now is none of that cancel's business"
+        );
+        slot.release().await;
+    }
+
+    fn nobody(port: u16) -> Arc<ServerKey> {
+        Arc::new(ServerKey {
+            host: "127.0.0.1".into(),
+            port,
+            pid: 7,
+            secret: Arc::from([0; 4]),
+        })
     }
 }

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio::net::TcpStream;
-use tokio::time::{Duration, timeout};
+use tokio::time::{Duration, Instant, timeout};
 use tracing::{debug, info};
 
 use super::access::{self, Verdict, Visitor};
@@ -416,6 +416,8 @@ async fn introduce(
         opening: &login.opening,
         application_name: &login.application_name,
         rank: Rank::default(),
+        came: Instant::now(),
+        granted: None,
         has_other: false,
     };
     let welcome = pool.log_in(wish).await;

@@ -3,6 +3,7 @@
 pub mod check_config;
 #[cfg(feature = "demo")]
 pub mod demo;
+mod descriptors;
 pub mod follow;
 pub mod install;
 mod picture;

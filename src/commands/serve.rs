@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::descriptors;
 use crate::app::{self, Hooks, Manner, Reread, RereadError, SetLog};
 use crate::config::{self, Config, Flags};
 
@@ -80,6 +81,7 @@ pub async fn run(config: &Config, reread: Reread, set_log: SetLog) -> anyhow::Re
     let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
     let mut hang_up = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
+    descriptors::make_room(config);
     let hooks = Hooks {
         reread: Some(reread),
         set_log: Some(set_log),

@@ -14,7 +14,7 @@ use super::raw::{self, Span};
 use super::{
     AccessMethod, AccessRule, AccessTls, Addresses, ApiKey, Auth, AuthMethod, Cache, Cidr,
     ClientTls, Cluster, Config, ConfigError, ConnectUrl, Consistency, Console, DatabaseName,
-    Events, Flags, Http, Listen, Maintenance, Names, Poll, Pool, PoolMode, Priority, Problem,
+    Events, Flags, Http, Jwks, Listen, Maintenance, Names, Poll, Pool, PoolMode, Priority, Problem,
     ProxyProtocol, Reads, Replication, Role, RoleTerms, Route, Secret, Shed, Wake,
 };
 
@@ -712,7 +712,7 @@ impl Check {
             max_connections: self.count(
                 "http.max_connections",
                 raw.max_connections,
-                1_000,
+                10_000,
                 1..=100_000,
             ),
             pool_size: self.count("http.pool_size", raw.pool_size, 8, 1..=1_000),
@@ -730,11 +730,32 @@ impl Check {
             ),
             recheck: self.span("http.recheck", raw.recheck, MINUTE, 10 * MS..=HOUR),
             jwt_secret: jwt_secret.map(Secret::new),
-            jwks: self.file("http.jwks", raw.jwks),
+            jwks: self.jwks(raw.jwks),
             api_keys,
             anon_role: said(raw.anon_role),
             cors,
         }
+    }
+
+    fn jwks(&mut self, raw: Option<String>) -> Option<Jwks> {
+        let text = said(raw)?;
+        if !text.contains("://") {
+            return self.file("http.jwks", Some(text)).map(Jwks::File);
+        }
+        let good = |url: &::url::Url| {
+            matches!(url.scheme(), "https" | "http")
+                && url.has_host()
+                && url.username().is_empty()
+                && url.password().is_none()
+        };
+        let url = text.parse().ok().filter(good);
+        if url.is_none() {
+            self.problem(
+                "http.jwks",
+                "is a file, or a URL: https:// or http://, a host, and no user",
+            );
+        }
+        url.map(Jwks::Url)
     }
 
     fn log(&mut self, raw: raw::Log) -> String {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::check::spell;
 use super::{
-    AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Listen, Names, Role, Route,
+    AccessRule, Addresses, Cidr, Config, ConnectUrl, DatabaseName, Jwks, Listen, Names, Role, Route,
 };
 
 /// One key as it stands.
@@ -144,7 +144,7 @@ const ROWS: &[Row] = &[
     row!("http.write_timeout", Restart, span, http.write_timeout),
     row!("http.recheck", Restart, span, http.recheck),
     row!("http.jwt_secret", Restart, hidden, http.jwt_secret),
-    row!("http.jwks", Restart, path, http.jwks),
+    row!("http.jwks", Restart, jwks, http.jwks),
     row!("http.api_keys", Restart, counted, http.api_keys),
     row!("http.anon_role", Restart, or_nothing, http.anon_role),
     row!("http.cors", Restart, list, http.cors),
@@ -250,6 +250,14 @@ fn path(value: &Option<PathBuf>) -> String {
     value
         .as_ref()
         .map_or_else(String::new, |path| path.display().to_string())
+}
+
+fn jwks(value: &Option<Jwks>) -> String {
+    match value {
+        None => String::new(),
+        Some(Jwks::File(path)) => path.display().to_string(),
+        Some(Jwks::Url(url)) => url.to_string(),
+    }
 }
 
 fn list(value: &[String]) -> String {

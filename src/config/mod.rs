@@ -364,6 +364,13 @@ pub struct Shed {
     pub window: Duration,
 }
 
+impl Shed {
+    /// When a request that came so long ago is looked at again: what is said of it then is to be heard within the window.
+    pub(crate) fn look(&self) -> Duration {
+        self.window - self.window / 5
+    }
+}
+
 /// `[events]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct Events {
@@ -398,13 +405,21 @@ pub struct Http {
     /// How often a stream asks again whether it is still allowed.
     pub recheck: Duration,
     pub jwt_secret: Option<Secret>,
-    /// A file with the keys that verify JWTs.
-    pub jwks: Option<PathBuf>,
+    /// Where the public keys are that verify JWTs.
+    pub jwks: Option<Jwks>,
     pub api_keys: Vec<ApiKey>,
     /// The role of whoever brings no credentials. `None`: they are refused.
     pub anon_role: Option<String>,
     /// Origins a browser may call from: `*`, or scheme://host[:port].
     pub cors: Vec<String>,
+}
+
+/// `http.jwks`: a JSON Web Key Set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Jwks {
+    File(PathBuf),
+    /// `https` or `http`.
+    Url(::url::Url),
 }
 
 /// One of `http.api_keys`

@@ -248,7 +248,7 @@ fn every_value_said_arrives() {
             write_timeout: Duration::from_secs(24),
             recheck: Duration::from_secs(25),
             jwt_secret: Some(Secret::new("0123456789abcdef0123456789abcdef".into())),
-            jwks: here,
+            jwks: here.map(Jwks::File),
             api_keys: vec![ApiKey {
                 key: Secret::new("k".into()),
                 role: "r".into(),
@@ -348,6 +348,27 @@ fn a_variable_takes_the_type_of_its_key() {
     assert_eq!(config.http.api_keys[0].role, "r");
     assert_eq!(config.http.jwt_secret, Some(Secret::new("0".repeat(32))));
     assert_eq!((config.route.reads, config.http.jwks), (Reads::Off, None));
+}
+
+#[test]
+fn keys_of_others_are_in_a_file_or_behind_a_url() {
+    let said = |jwks: &str| {
+        let text = with_primary(&format!("[http]\njwks = \"{jwks}\""));
+        read(&text, &[], Flags::default()).map(|config| config.http.jwks)
+    };
+    let url = "https://id.example/keys?of=us";
+    let known = said(url).unwrap();
+    assert_eq!(known, Some(Jwks::Url(url.parse().unwrap())));
+    for bad in [
+        "ftp://id.example/",
+        "https://me:secret@id.example/",
+        "https://",
+        "/nowhere",
+    ] {
+        let refused = said(bad).unwrap_err().to_string();
+        assert!(refused.contains("http.jwks"), "{refused}");
+        assert!(!refused.contains("secret"), "{refused}");
+    }
 }
 
 #[test]

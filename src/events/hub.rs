@@ -58,6 +58,8 @@ pub(super) struct Common {
     /// Our readers' name in `flowgate.reader`, one a database.
     pub(super) reader: Uuid,
     pub(super) connect_timeout: Duration,
+    /// How long whoever subscribes waits for what that takes, in a crowd or while the primary restarts.
+    checkout_timeout: Duration,
     recheck: Duration,
     pub(super) metrics: EventMetrics,
     handle: Handle,
@@ -83,6 +85,7 @@ impl Hubs {
             settings: config.events.clone(),
             reader,
             connect_timeout: config.pool.connect_timeout,
+            checkout_timeout: config.pool.checkout_timeout,
             recheck: config.http.recheck,
             metrics,
             handle,
@@ -708,6 +711,7 @@ impl Hub {
             common.control.with_database(&database),
             "flowgate sight",
             SIGHT_CONNECTIONS,
+            common.checkout_timeout,
             common.connect_timeout,
             Arc::clone(&common.metrics.sight_refused),
         );
@@ -715,6 +719,7 @@ impl Hub {
             common.control.with_database(&database),
             "flowgate replay",
             REPLAY_CONNECTIONS,
+            common.checkout_timeout,
             common.connect_timeout,
             Arc::clone(&common.metrics.replay_waits),
         );
@@ -1328,7 +1333,7 @@ impl Subscriber {
         asker: &Arc<Asker>,
     ) -> Result<(), EventsError> {
         let named = named(channel)?;
-        let wait = self.hub.common.connect_timeout;
+        let wait = self.hub.common.checkout_timeout;
         let guard = tokio::time::timeout(wait, watch::admit(&self.hub.sight, &named, asker)).await;
         let guard = guard.unwrap_or(Err(EventsError::Timeout(wait)));
         let guard = guard.inspect_err(|error| {
@@ -1344,7 +1349,7 @@ impl Subscriber {
 
     /// Whether the settings of who listens there count, which policies may read.
     pub(crate) async fn goes_by_rows(&self, channel: &str, asker: &Asker) -> bool {
-        let wait = self.hub.common.connect_timeout;
+        let wait = self.hub.common.checkout_timeout;
         let channel = Channel::parse(channel);
         let watched = watch::is_watched(&self.hub.sight, &channel, asker);
         tokio::time::timeout(wait, watched).await.unwrap_or(true)
@@ -1389,7 +1394,7 @@ impl Subscriber {
                     subscriber: self,
                     stream,
                 };
-                let wait = self.hub.common.connect_timeout;
+                let wait = self.hub.common.checkout_timeout;
                 match tokio::time::timeout(wait, answer).await {
                     Ok(Ok(result)) => result?,
                     Ok(Err(_closed)) => return Err(EventsError::Cut),

@@ -7,12 +7,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::server::chorus::Chorus;
 use crate::server::questions::{Access, Answer, Asker, Database, DbError, Question};
 use crate::wire::quote::literal;
 
@@ -20,6 +22,8 @@ use crate::wire::quote::literal;
 const KEPT_MAX: usize = 20_000;
 /// No answer is older than that when somebody comes.
 const YOUNG: Duration = Duration::from_secs(1);
+/// Moments that looking again is spread over.
+const CHECKS: u32 = 64;
 /// Roles that are asked about at once.
 const ROLES_AT_ONCE: usize = 8;
 
@@ -110,6 +114,10 @@ pub(crate) struct Sight {
     kept: Mutex<HashMap<Key, (Instant, Seen)>>,
     /// One question for all who wait for the same answer.
     asking: [tokio::sync::Mutex<()>; ROLES_AT_ONCE],
+    /// The same for a run.
+    showing: Chorus<Key, Result<bool, DbError>>,
+    /// So that those who were let in together do not look again together.
+    checks: AtomicU32,
 }
 
 /// Of a role by its name, as `row_security_active` says it of one's own.
@@ -141,13 +149,17 @@ impl Sight {
             recheck,
             kept: Mutex::default(),
             asking: Default::default(),
+            showing: Chorus::default(),
+            checks: AtomicU32::new(0),
         }
     }
 
     /// When a stream that was let in now has to look again: so that, with an answer a little old, what is revoked ends within
-    /// the interval.
+    /// the interval. Some look up to an eighth of it earlier than others.
     pub(crate) fn next_check(&self) -> Instant {
-        Instant::now() + self.recheck.saturating_sub(self.age_max())
+        let turn = self.checks.fetch_add(1, Ordering::Relaxed) % CHECKS;
+        let earlier = self.recheck / 8 * turn / CHECKS;
+        Instant::now() + self.recheck.saturating_sub(self.age_max() + earlier)
     }
 
     /// When to look again where nobody could say.
@@ -239,11 +251,12 @@ impl Sight {
         if let Some(Seen::Run(shown)) = self.remembered(&key, age_max) {
             return Ok(shown);
         }
-        let shown = !self
-            .ask(Some(asker), "", &row_sql(run))
-            .await?
-            .rows
-            .is_empty();
+        let sql = row_sql(run);
+        let question = async {
+            let answer = self.ask(Some(asker), "", &sql).await?;
+            Ok(!answer.rows.is_empty())
+        };
+        let shown = self.showing.ask(key.clone(), question).await?;
         // A run asked for by its id may not have begun; one that an event tells of has.
         if shown || age_max == self.recheck {
             self.remember(key, Seen::Run(shown));

@@ -15,7 +15,7 @@
 //! Rows are read one at a time off the socket (Postgres waits while we are slow), so a page needs no limit and no second
 //! snapshot.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::future::poll_fn;
 use std::pin::pin;
@@ -254,8 +254,10 @@ impl<'a> Session<'a> {
                 self.execute("").await?;
                 work.fences.into_iter().for_each(Fence::passed);
             }
+            // All of them are here already, and nothing is told meanwhile: what the outbox has of a run is asked once for all.
+            let mut kept = HashMap::new();
             for mailbox in &work.hungry {
-                self.feed(mailbox).await?;
+                self.feed(mailbox, &mut kept).await?;
             }
         }
     }
@@ -525,12 +527,29 @@ impl<'a> Session<'a> {
     }
 
     /// One page for each stream of this reader that is owed one.
-    async fn feed(&mut self, mailbox: &Arc<Mailbox>) -> Result<(), SessionError> {
+    async fn feed(
+        &mut self,
+        mailbox: &Arc<Mailbox>,
+        kept: &mut HashMap<String, Kept>,
+    ) -> Result<(), SessionError> {
         let pages = mailbox.lock().pages();
         for mut page in pages {
             let stream = page.stream;
             if page.first {
-                self.look_for_gap(mailbox, &page).await?;
+                // A reader that came since may know more than was found then.
+                let found = kept.get(&page.topic).copied();
+                let kept = match found.filter(|found| found.last >= Some(page.after)) {
+                    Some(found) => found,
+                    None => {
+                        let found = self.kept(&page.topic).await?;
+                        kept.insert(page.topic.clone(), found);
+                        found
+                    }
+                };
+                let offered = mailbox.lock().first_page(stream, kept, self.hub.pid());
+                if offered == Offered::Gap {
+                    self.hub.common.metrics.gaps.inc();
+                }
                 let Some(next) = mailbox.lock().page(stream) else {
                     self.hub.paged(stream, mailbox);
                     continue;
@@ -604,22 +623,19 @@ impl<'a> Session<'a> {
         }
     }
 
-    async fn look_for_gap(&self, mailbox: &Mailbox, page: &Page) -> Result<(), SessionError> {
-        let topic = literal(&page.topic);
+    /// What the outbox has of a run.
+    async fn kept(&self, topic: &str) -> Result<Kept, SessionError> {
+        let topic = literal(topic);
         // The counter outlives the events. `seq is not null` would hide the index's order from min().
         let sql = format!(
             "select (select e.seq from flowgate.event e where e.topic = {topic} and e.seq > 0 order by e.seq limit 1), \
              (select t.seq from flowgate.topic t where t.topic = {topic})"
         );
         let row = self.one_row(&sql).await?;
-        let kept = Kept {
+        Ok(Kept {
             first: number(&row, 0),
             last: number(&row, 1),
-        };
-        if mailbox.lock().first_page(page.stream, kept, self.hub.pid()) == Offered::Gap {
-            self.hub.common.metrics.gaps.inc();
-        }
-        Ok(())
+        })
     }
 
     async fn feed_page(&self, mailbox: &Arc<Mailbox>, page: &Page) -> Result<(), SessionError> {

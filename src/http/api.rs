@@ -34,7 +34,7 @@ pub(super) struct RunsWanted {
     before: Option<String>,
 }
 
-pub(super) fn identify(
+pub(super) async fn identify(
     state: &HttpState,
     headers: &HeaderMap,
     url: &InUrl,
@@ -44,7 +44,7 @@ pub(super) fn identify(
         token: sent.token.or(url.access_token.as_deref()),
         key: sent.key.or(url.apikey.as_deref()),
     };
-    Ok(state.guard.identify(credentials)?)
+    Ok(state.guard.identify(credentials).await?)
 }
 
 pub(super) fn a_run_id(text: &str) -> Result<Uuid, Refusal> {
@@ -67,7 +67,7 @@ pub(super) async fn runs(
     Query(url): Query<InUrl>,
     Query(wanted): Query<RunsWanted>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let limit = match wanted.limit.as_deref().map(str::parse::<i64>) {
         None => RUNS,
         Some(Ok(limit)) if (1..=RUNS_MAX).contains(&limit) => limit,
@@ -134,7 +134,7 @@ pub(super) async fn run(
     Query(url): Query<InUrl>,
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let id = a_run_id(&id)?;
     let shown = run_state(&state, &identity, id).await?;
     shown
@@ -250,7 +250,7 @@ pub(super) async fn flows(
     headers: HeaderMap,
     Query(url): Query<InUrl>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let rights = rights(&state, &identity).await?;
     let counts = counts(&rights, "f.flow_slug");
     let sql = format!(
@@ -268,7 +268,7 @@ pub(super) async fn flow(
     Query(url): Query<InUrl>,
     Path(slug): Path<String>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let slug = a_slug(&slug)?;
     let rights = rights(&state, &identity).await?;
     let all_of = |table: &str, order: &str| {

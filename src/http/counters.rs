@@ -11,6 +11,8 @@ pub(super) struct Counters {
     pub(super) events: Arc<Counter>,
     /// Joins of channels refused.
     pub(super) joins_refused: Arc<Counter>,
+    /// Streams ended because their clients said too much behind the request.
+    pub(super) talkative: Arc<Counter>,
 }
 
 impl Counters {
@@ -33,6 +35,11 @@ impl Counters {
             joins_refused: registry.counter(
                 "flowgate_http_joins_refused_total",
                 "Channels of sockets that were not joined",
+                &[],
+            ),
+            talkative: registry.counter(
+                "flowgate_http_streams_talked_over_total",
+                "Event streams ended because the client sent too much behind its request",
                 &[],
             ),
         }

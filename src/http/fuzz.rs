@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::jwt::Keys;
+use super::jwt::{Keys, public_keys};
 use super::phoenix::{Version, read_push};
 use super::rest::read_sql;
 use crate::pgflow::snapshot::Cursor;
@@ -29,8 +29,11 @@ pub(crate) fn http(data: &[u8]) {
         }
     }
     let secret = "0123456789abcdef0123456789abcdef";
-    if let Ok(keys) = Keys::new(Some(secret), None) {
-        assert!(keys.verify(text, 0).is_err(), "nobody signed it");
+    let verified = Keys::new(Some(secret)).verify(None, text, 0);
+    assert!(verified.is_err(), "nobody signed it");
+    // What a URL says that we were told to ask.
+    if let Ok(public) = public_keys(text) {
+        assert!(Keys::default().verify(Some(&public), text, 0).is_err());
     }
     if let Some(cursor) = Cursor::parse(text) {
         assert_eq!(Cursor::parse(&cursor.to_string()), Some(cursor));

@@ -3,13 +3,15 @@
 
 use std::sync::Arc;
 
-use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, StatusCode};
 use serde_json::{Map, Value, json};
 use subtle::ConstantTimeEq;
 
+use super::jwks::Jwks;
 use super::jwt::{self, Claims, JwksError, Keys, Refusal};
 use crate::config;
+use crate::metrics::Registry;
 use crate::server::questions::Asker;
 
 /// What a role and its claims are, for one request or one stream.
@@ -23,10 +25,11 @@ pub(super) struct Identity {
     pub(super) anonymous: bool,
 }
 
-/// Why somebody is nobody: 401.
+/// Why somebody is nobody: 401, or 503 while nobody can say.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub(super) struct Unauthorized {
+    pub(super) status: StatusCode,
     pub(super) code: &'static str,
     pub(super) message: String,
 }
@@ -41,12 +44,13 @@ pub(super) struct Credentials<'a> {
 
 pub(super) struct Guard {
     keys: Keys,
+    jwks: Jwks,
     api_keys: Vec<(String, Arc<Identity>)>,
     stranger: Option<Arc<Identity>>,
 }
 
 impl Guard {
-    pub(super) fn new(config: &config::Http) -> Result<Self, JwksError> {
+    pub(super) fn new(config: &config::Http, registry: &Registry) -> Result<Self, JwksError> {
         let stranger_role = config.anon_role.as_deref();
         let of_role = |role: &str| {
             let claims = json!({ "role": role }).to_string();
@@ -55,7 +59,8 @@ impl Guard {
         };
         let secret = config.jwt_secret.as_ref().map(config::Secret::expose);
         Ok(Self {
-            keys: Keys::new(secret, config.jwks.as_deref())?,
+            keys: Keys::new(secret),
+            jwks: Jwks::new(config.jwks.as_ref(), registry)?,
             api_keys: config
                 .api_keys
                 .iter()
@@ -67,12 +72,12 @@ impl Guard {
 
     /// The token counts; a token that is really a key is that key; without a token the key counts; without either they are a
     /// stranger.
-    pub(super) fn identify(
+    pub(super) async fn identify(
         &self,
         credentials: Credentials<'_>,
     ) -> Result<Arc<Identity>, Unauthorized> {
         match (credentials.token, credentials.key) {
-            (Some(word), _) | (None, Some(word)) => self.known(word),
+            (Some(word), _) | (None, Some(word)) => self.known(word).await,
             (None, None) => self.stranger.clone().ok_or_else(|| {
                 invalid(
                     "no API key or JWT was sent, and http.anon_role lets in nobody without"
@@ -83,7 +88,7 @@ impl Guard {
     }
 
     /// Of a key or a token, whatever it was sent as.
-    pub(super) fn known(&self, word: &str) -> Result<Arc<Identity>, Unauthorized> {
+    pub(super) async fn known(&self, word: &str) -> Result<Arc<Identity>, Unauthorized> {
         let same = |key: &str| bool::from(key.as_bytes().ct_eq(word.as_bytes()));
         if let Some((_, identity)) = self.api_keys.iter().find(|(key, _)| same(key)) {
             return Ok(Arc::clone(identity));
@@ -91,15 +96,37 @@ impl Guard {
         if word.starts_with("sb_") || !word.contains('.') {
             return Err(invalid("unknown API key".to_owned()));
         }
-        let claims = self.keys.verify(word, jwt::now()).map_err(|refusal| {
-            let code = match refusal {
-                Refusal::Invalid(_) => "PGRST301",
-                Refusal::Expired { .. } | Refusal::NotYet => "PGRST303",
+        let verified = match self.verify(word) {
+            Err(Refusal::UnknownKey | Refusal::NoKeysYet) => {
+                Box::pin(self.jwks.look_again()).await;
+                self.verify(word)
+            }
+            other => other,
+        };
+        let claims = verified.map_err(|refusal| {
+            let (status, code) = match refusal {
+                Refusal::Invalid(_) | Refusal::UnknownKey => (StatusCode::UNAUTHORIZED, "PGRST301"),
+                Refusal::Expired { .. } | Refusal::NotYet => (StatusCode::UNAUTHORIZED, "PGRST303"),
+                Refusal::NoKeysYet => (StatusCode::SERVICE_UNAVAILABLE, "57P03"),
             };
             let message = refusal.to_string();
-            Unauthorized { code, message }
+            Unauthorized {
+                status,
+                code,
+                message,
+            }
         })?;
         self.of_claims(claims)
+    }
+
+    fn verify(&self, token: &str) -> Result<Claims, Refusal> {
+        let public = self.jwks.known();
+        self.keys.verify(public.as_deref(), token, jwt::now())
+    }
+
+    /// Fetches keys where they have to be fetched, until dropped.
+    pub(super) async fn keep_keys(&self) {
+        self.jwks.keep().await;
     }
 
     fn of_claims(&self, claims: Claims) -> Result<Arc<Identity>, Unauthorized> {
@@ -130,8 +157,11 @@ impl Guard {
 }
 
 fn invalid(message: String) -> Unauthorized {
-    let code = "PGRST301";
-    Unauthorized { code, message }
+    Unauthorized {
+        status: StatusCode::UNAUTHORIZED,
+        code: "PGRST301",
+        message,
+    }
 }
 
 impl Identity {
@@ -184,7 +214,7 @@ mod tests {
     use super::*;
 
     fn guard(anon_role: Option<&str>) -> Guard {
-        Guard::new(&Http {
+        let http = Http {
             max_connections: NonZeroUsize::MIN,
             pool_size: NonZeroUsize::MIN,
             header_timeout: Duration::ZERO,
@@ -198,52 +228,55 @@ mod tests {
             }],
             anon_role: anon_role.map(str::to_owned),
             cors: Vec::new(),
-        })
-        .unwrap()
+        };
+        Guard::new(&http, &Registry::new()).unwrap()
     }
 
-    #[track_caller]
-    fn check(guard: &Guard, headers: &[(&str, &str)], expected: &str) {
+    async fn check(guard: &Guard, headers: &[(&str, &str)], expected: &str) {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             let name: axum::http::HeaderName = name.parse().unwrap();
             map.insert(name, value.parse().unwrap());
         }
-        let got = match guard.identify(of_headers(&map)) {
+        let got = match guard.identify(of_headers(&map)).await {
             Ok(identity) => format!("{} {}", identity.asker.role, identity.asker.settings[0].1),
             Err(refused) => format!("{} {}", refused.code, refused.message),
         };
         assert_eq!(got, expected);
     }
 
-    #[test]
-    fn a_key_has_a_role_and_a_stranger_only_where_there_is_one_for_strangers() {
+    #[tokio::test]
+    async fn a_key_has_a_role_and_a_stranger_only_where_there_is_one_for_strangers() {
         let (open, closed) = (guard(Some("guest")), guard(None));
         let web = r#"web {"role":"web"}"#;
-        check(&open, &[], r#"guest {"role":"guest"}"#);
+        check(&open, &[], r#"guest {"role":"guest"}"#).await;
         check(
             &closed,
             &[],
             "PGRST301 no API key or JWT was sent, and http.anon_role lets in nobody without",
-        );
-        check(&closed, &[("apikey", "sb_publishable_x")], web);
-        check(&closed, &[("x-api-key", "sb_publishable_x")], web);
+        )
+        .await;
+        check(&closed, &[("apikey", "sb_publishable_x")], web).await;
+        check(&closed, &[("x-api-key", "sb_publishable_x")], web).await;
         check(
             &closed,
             &[("authorization", "bearer sb_publishable_x")],
             web,
-        );
+        )
+        .await;
         // What was brought counts, if it is wrong too.
         check(
             &open,
             &[("apikey", "sb_publishable_y")],
             "PGRST301 unknown API key",
-        );
+        )
+        .await;
         check(
             &open,
             &[("authorization", "Basic eDp5")],
             "PGRST301 unknown API key",
-        );
+        )
+        .await;
         check(
             &open,
             &[
@@ -251,6 +284,7 @@ mod tests {
                 ("apikey", "sb_publishable_x"),
             ],
             "PGRST301 the JWT's header is malformed",
-        );
+        )
+        .await;
     }
 }

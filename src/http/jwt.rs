@@ -1,9 +1,8 @@
 //! JSON Web Tokens: whose signature is whose, and what a token claims. Knows neither HTTP nor roles; `identity.rs` calls.
 //!
-//! HS256 with the shared secret; RS256, ES256 and EdDSA with the keys of a JWKS file, chosen by `kid`. A key says which
+//! HS256 with the shared secret; RS256, ES256 and EdDSA with the keys of a JWKS (`jwks.rs`), chosen by `kid`. A key says which
 //! algorithm it is for, and the token's own word is only compared with that: a token can't choose how it is verified. (RFC 8725)
 
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -33,6 +32,11 @@ pub enum JwksError {
 pub(super) enum Refusal {
     #[error("{0}")]
     Invalid(&'static str),
+    /// Perhaps there is another key by now.
+    #[error("no key verifies the JWT's signature")]
+    UnknownKey,
+    #[error("the keys that could verify the JWT are not known yet")]
+    NoKeysYet,
     #[error("JWT expired")]
     Expired { seconds_ago: i64 },
     #[error("JWT not yet valid")]
@@ -51,11 +55,10 @@ pub(super) struct Claims {
 #[derive(Debug, Default)]
 pub(super) struct Keys {
     secret: Option<mac::Key>,
-    public: Vec<PublicKey>,
 }
 
 #[derive(Debug)]
-struct PublicKey {
+pub(super) struct PublicKey {
     kid: Option<String>,
     kind: Kind,
 }
@@ -68,18 +71,20 @@ enum Kind {
 }
 
 impl Keys {
-    pub(super) fn new(secret: Option<&str>, jwks: Option<&Path>) -> Result<Self, JwksError> {
-        let public = match jwks {
-            Some(path) => public_keys(&std::fs::read_to_string(path)?)?,
-            None => Vec::new(),
-        };
-        Ok(Self {
-            secret: secret.map(|secret| mac::Key::new(mac::HMAC_SHA256, secret.as_bytes())),
-            public,
-        })
+    pub(super) fn new(secret: Option<&str>) -> Self {
+        let key = |secret: &str| mac::Key::new(mac::HMAC_SHA256, secret.as_bytes());
+        Self {
+            secret: secret.map(key),
+        }
     }
 
-    pub(super) fn verify(&self, token: &str, now: i64) -> Result<Claims, Refusal> {
+    /// `public`: `None` while nobody has told us which they are.
+    pub(super) fn verify(
+        &self,
+        public: Option<&[PublicKey]>,
+        token: &str,
+        now: i64,
+    ) -> Result<Claims, Refusal> {
         if token.len() > TOKEN_MAX {
             return Err(Refusal::Invalid("the JWT is too long"));
         }
@@ -105,11 +110,17 @@ impl Keys {
                 mac::verify(key, signed.as_bytes(), &mark).is_ok()
             }
             Some(alg @ ("RS256" | "ES256" | "EdDSA")) => {
-                let mut fitting = self.public.iter().filter(|key| {
+                let public = public.ok_or(Refusal::NoKeysYet)?;
+                let mut fitting = public.iter().filter(|key| {
                     key.kind.alg() == alg
                         && (kid.is_none() || key.kid.is_none() || key.kid.as_deref() == kid)
                 });
-                fitting.any(|key| key.kind.verifies(signed.as_bytes(), &mark))
+                let genuine = fitting.any(|key| key.kind.verifies(signed.as_bytes(), &mark));
+                let named = |key: &PublicKey| kid.is_some() && key.kid.as_deref() == kid;
+                if !genuine && !public.iter().any(named) {
+                    return Err(Refusal::UnknownKey);
+                }
+                genuine
             }
             _ => return Err(Refusal::Invalid("the JWT's algorithm is not accepted")),
         };
@@ -191,59 +202,82 @@ impl Kind {
     }
 }
 
+/// Of a set that is ours to mend: one bad key and it is refused.
+pub(super) fn public_keys(text: &str) -> Result<Vec<PublicKey>, JwksError> {
+    all_keys(text)?.into_iter().collect()
+}
+
+/// Of a set that is somebody else's: bad keys are passed over, unless there is no other.
+pub(super) fn usable_keys(text: &str) -> Result<(Vec<PublicKey>, Vec<JwksError>), JwksError> {
+    let (mut usable, mut bad) = (Vec::new(), Vec::new());
+    for key in all_keys(text)? {
+        match key {
+            Ok(key) => usable.push(key),
+            Err(error) => bad.push(error),
+        }
+    }
+    if usable.is_empty() && !bad.is_empty() {
+        return Err(bad.swap_remove(0));
+    }
+    Ok((usable, bad))
+}
+
 /// Keys for something else (encryption, other curves) are passed over, as sets carry keys for many.
-fn public_keys(text: &str) -> Result<Vec<PublicKey>, JwksError> {
+fn all_keys(text: &str) -> Result<Vec<Result<PublicKey, JwksError>>, JwksError> {
     let set: Value = serde_json::from_str(text)?;
     let keys = set
         .get("keys")
         .and_then(Value::as_array)
         .ok_or(JwksError::NoKeys)?;
-    let mut public = Vec::new();
-    for (place, key) in keys.iter().enumerate() {
-        let word = |name| key.get(name).and_then(Value::as_str);
-        let refused = |reason| JwksError::Key { place, reason };
-        let part = |name, reason| word(name).and_then(decode).ok_or(refused(reason));
-        if word("use").is_some_and(|purpose| purpose != "sig") {
-            continue;
-        }
-        let kind = match (word("kty"), word("crv")) {
-            (Some("RSA"), _) => {
-                let n = part("n", "`n` is no base64url number")?;
-                if n.len() * 8 < RSA_BITS_MIN {
-                    return Err(refused("an RSA key needs 2048 bits"));
-                }
-                let e = part("e", "`e` is no base64url number")?;
-                Kind::Rsa { n, e }
-            }
-            (Some("EC"), Some("P-256")) => {
-                let (x, y) = (
-                    part("x", "`x` is no base64url number")?,
-                    part("y", "`y` is no base64url number")?,
-                );
-                if x.len() != 32 || y.len() != 32 {
-                    return Err(refused("`x` and `y` must have 32 bytes"));
-                }
-                // Uncompressed. (SEC 1, 2.3.3)
-                Kind::P256([&[4][..], &x, &y].concat())
-            }
-            (Some("OKP"), Some("Ed25519")) => {
-                let x = part("x", "`x` is no base64url number")?;
-                if x.len() != 32 {
-                    return Err(refused("`x` must have 32 bytes"));
-                }
-                Kind::Ed25519(x)
-            }
-            _ => continue,
-        };
-        if word("alg").is_some_and(|alg| alg != kind.alg()) {
-            continue;
-        }
-        public.push(PublicKey {
-            kid: word("kid").map(str::to_owned),
-            kind,
-        });
+    let keys = keys.iter().enumerate();
+    Ok(keys
+        .filter_map(|(place, key)| public_key(place, key).transpose())
+        .collect())
+}
+
+fn public_key(place: usize, key: &Value) -> Result<Option<PublicKey>, JwksError> {
+    let word = |name| key.get(name).and_then(Value::as_str);
+    let refused = |reason| JwksError::Key { place, reason };
+    let part = |name, reason| word(name).and_then(decode).ok_or(refused(reason));
+    if word("use").is_some_and(|purpose| purpose != "sig") {
+        return Ok(None);
     }
-    Ok(public)
+    let kind = match (word("kty"), word("crv")) {
+        (Some("RSA"), _) => {
+            let n = part("n", "`n` is no base64url number")?;
+            if n.len() * 8 < RSA_BITS_MIN {
+                return Err(refused("an RSA key needs 2048 bits"));
+            }
+            let e = part("e", "`e` is no base64url number")?;
+            Kind::Rsa { n, e }
+        }
+        (Some("EC"), Some("P-256")) => {
+            let (x, y) = (
+                part("x", "`x` is no base64url number")?,
+                part("y", "`y` is no base64url number")?,
+            );
+            if x.len() != 32 || y.len() != 32 {
+                return Err(refused("`x` and `y` must have 32 bytes"));
+            }
+            // Uncompressed. (SEC 1, 2.3.3)
+            Kind::P256([&[4][..], &x, &y].concat())
+        }
+        (Some("OKP"), Some("Ed25519")) => {
+            let x = part("x", "`x` is no base64url number")?;
+            if x.len() != 32 {
+                return Err(refused("`x` must have 32 bytes"));
+            }
+            Kind::Ed25519(x)
+        }
+        _ => return Ok(None),
+    };
+    if word("alg").is_some_and(|alg| alg != kind.alg()) {
+        return Ok(None);
+    }
+    Ok(Some(PublicKey {
+        kid: word("kid").map(str::to_owned),
+        kind,
+    }))
 }
 
 fn decode(text: &str) -> Option<Vec<u8>> {
@@ -283,12 +317,18 @@ mod tests {
     }
 
     fn keys() -> Keys {
-        Keys::new(Some(SECRET), None).unwrap()
+        Keys::new(Some(SECRET))
     }
 
     #[track_caller]
     fn refused(keys: &Keys, token: &str) -> String {
-        keys.verify(token, NOW).unwrap_err().to_string()
+        refused_by(keys, &[], token)
+    }
+
+    #[track_caller]
+    fn refused_by(keys: &Keys, public: &[PublicKey], token: &str) -> String {
+        let refused = keys.verify(Some(public), token, NOW);
+        refused.unwrap_err().to_string()
     }
 
     #[test]
@@ -299,26 +339,29 @@ mod tests {
             &claims,
             shared(SECRET),
         );
-        let verified = keys().verify(&signed, NOW + 30).unwrap();
+        let verified = keys().verify(None, &signed, NOW + 30).unwrap();
         assert_eq!(
             (verified.role.as_deref(), verified.expires, verified.json),
             (Some("anon"), Some(NOW), claims)
         );
         assert_eq!(
-            keys().verify(&signed, NOW + 31).unwrap_err(),
+            keys().verify(None, &signed, NOW + 31).unwrap_err(),
             Refusal::Expired { seconds_ago: 31 }
         );
         let early = format!("{{\"nbf\":{}}}", NOW + 31);
         let early = token(r#"{"alg":"HS256"}"#, &early, shared(SECRET));
-        assert_eq!(keys().verify(&early, NOW).unwrap_err(), Refusal::NotYet);
-        assert!(keys().verify(&early, NOW + 1).is_ok());
+        assert_eq!(
+            keys().verify(None, &early, NOW).unwrap_err(),
+            Refusal::NotYet
+        );
+        assert!(keys().verify(None, &early, NOW + 1).is_ok());
     }
 
     #[test]
     fn what_is_forged_or_malformed_is_refused() {
         let hs = r#"{"alg":"HS256"}"#;
         let good = token(hs, r#"{"role":"anon"}"#, shared(SECRET));
-        assert!(keys().verify(&good, NOW).is_ok());
+        assert!(keys().verify(None, &good, NOW).is_ok());
         let forged = token(
             hs,
             r#"{"role":"postgres"}"#,
@@ -389,27 +432,31 @@ mod tests {
             {"kty": "oct", "k": "AAAA"},
             {"kty": "EC", "crv": "P-521", "x": "AA", "y": "AA"},
         ]});
-        let keys = Keys {
-            secret: Some(mac::Key::new(mac::HMAC_SHA256, SECRET.as_bytes())),
-            public: public_keys(&set.to_string()).unwrap(),
-        };
-        assert_eq!(keys.public.len(), 2);
+        let keys = keys();
+        let public = public_keys(&set.to_string()).unwrap();
+        assert_eq!(public.len(), 2);
         let by_edwards = |signed: &[u8]| edwards.sign(signed).as_ref().to_vec();
         let by_curve = |signed: &[u8]| curve.sign(&random, signed).unwrap().as_ref().to_vec();
         let claims = r#"{"role":"r"}"#;
         let good = token(r#"{"alg":"EdDSA","kid":"ed"}"#, claims, by_edwards);
-        assert_eq!(keys.verify(&good, NOW).unwrap().role.as_deref(), Some("r"));
+        assert_eq!(
+            keys.verify(Some(&public), &good, NOW)
+                .unwrap()
+                .role
+                .as_deref(),
+            Some("r")
+        );
         let good = token(r#"{"alg":"ES256"}"#, claims, by_curve);
-        assert!(keys.verify(&good, NOW).is_ok());
+        assert!(keys.verify(Some(&public), &good, NOW).is_ok());
         let of_another = token(r#"{"alg":"ES256","kid":"else"}"#, claims, by_curve);
         assert_eq!(
-            refused(&keys, &of_another),
+            refused_by(&keys, &public, &of_another),
             "no key verifies the JWT's signature"
         );
         // The public key's bytes, which all may know, as if they were a secret.
         let confused = token(r#"{"alg":"HS256","kid":"ed"}"#, claims, shared(&x));
         assert_eq!(
-            refused(&keys, &confused),
+            refused_by(&keys, &public, &confused),
             "no key verifies the JWT's signature"
         );
         let problems = [
@@ -425,6 +472,16 @@ mod tests {
         ];
         for (text, problem) in problems {
             assert_eq!(public_keys(text).unwrap_err().to_string(), problem);
+            assert_eq!(usable_keys(text).unwrap_err().to_string(), problem);
         }
+        let mixed = serde_json::json!({"keys": [
+            {"kty": "RSA", "n": "AQAB", "e": "AQAB"},
+            {"kty": "OKP", "crv": "Ed25519", "kid": "ed", "x": x},
+        ]})
+        .to_string();
+        assert!(public_keys(&mixed).is_err());
+        let (usable, bad) = usable_keys(&mixed).unwrap();
+        assert_eq!(usable.len(), 1);
+        assert_eq!(bad[0].to_string(), "key 0: an RSA key needs 2048 bits");
     }
 }

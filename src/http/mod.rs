@@ -10,6 +10,7 @@ mod dashboard;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 mod identity;
+mod jwks;
 mod jwt;
 mod phoenix;
 mod realtime;
@@ -18,6 +19,7 @@ mod rest;
 mod seats;
 mod starting;
 mod streams;
+mod taking;
 
 use std::io;
 use std::pin::pin;
@@ -34,18 +36,19 @@ use axum::serve::Listener;
 use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tower_http::compression::CompressionLayer;
 use tracing::debug;
+use uuid::Uuid;
 
 use crate::config::Config;
 use crate::events::{Hub, Hubs, Proof, Sight};
 use crate::metrics::Registry;
-use crate::server::questions::Database;
+use crate::server::chorus::Chorus;
+use crate::server::questions::{Database, DbError};
 pub use jwt::JwksError;
 
 use cors::Origins;
@@ -73,6 +76,8 @@ pub(crate) struct Parts {
     hub: Arc<Hub>,
     origins: Origins,
     starting: Starting,
+    /// Of runs that streams begin with.
+    last_seqs: Chorus<Uuid, Result<Option<i64>, DbError>>,
     counters: Counters,
     limits: Limits,
     /// Where the page says that Postgres' protocol is spoken.
@@ -109,6 +114,8 @@ impl HttpState {
             config.primary.clone(),
             "flowgate http",
             http.pool_size.get(),
+            // Who comes with a crowd (all of a page's streams, after a restart) waits as long as for a server.
+            config.pool.checkout_timeout,
             config.pool.connect_timeout,
             registry.counter(
                 "flowgate_http_database_refused_total",
@@ -120,12 +127,13 @@ impl HttpState {
         Ok(Self(Arc::new(Parts {
             registry: Arc::clone(registry),
             ready,
-            guard: Guard::new(http)?,
+            guard: Guard::new(http, registry)?,
             sight: Sight::new(Arc::clone(&database), Proof::ToBeTaken, http.recheck),
             database,
             hub: hubs.of_database(&config.primary.database),
             origins: Origins::new(&http.cors),
             starting: Starting::default(),
+            last_seqs: Chorus::default(),
             counters: Counters::new(registry),
             limits: Limits {
                 connections: http.max_connections.get(),
@@ -163,6 +171,7 @@ pub(crate) async fn serve(
     );
     let router = router(state.clone());
     let mut connections = JoinSet::new();
+    connections.spawn(keep_keys(state.clone()));
     let mut shutdown = pin!(shutdown);
     loop {
         tokio::select! {
@@ -183,13 +192,23 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-/// One connection, to its end.
+/// Until we go.
+async fn keep_keys(state: HttpState) {
+    let mut stopping = state.stopping.clone();
+    tokio::select! {
+        () = state.guard.keep_keys() => {}
+        () = stopped(&mut stopping) => {}
+    }
+}
+
+/// One connection, to its end, or until a stream takes it.
 async fn converse(seated: Seated, router: Router, state: HttpState) {
     let mut stopping = state.stopping.clone();
+    let (lent, ours) = taking::lend(seated);
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(state.limits.header_timeout)
-        .serve_connection(TokioIo::new(seated), TowerToHyperService::new(router))
+        .serve_connection(TokioIo::new(lent), taking::service(router, ours.clone()))
         .with_upgrades();
     let mut connection = pin!(connection);
     let ended = tokio::select! {
@@ -199,7 +218,9 @@ async fn converse(seated: Seated, router: Router, state: HttpState) {
             connection.await
         }
     };
-    if let Err(error) = ended {
+    if let Err(error) = ended
+        && !ours.is_taken()
+    {
         debug!(%error, "HTTP connection");
     }
 }
@@ -337,7 +358,7 @@ mod tests {
         let hubs = Hubs::new(
             Box::new(|_| {}),
             &config,
-            uuid::Uuid::nil(),
+            Uuid::nil(),
             &registry,
             Handle::current(),
         );

@@ -80,9 +80,9 @@ pub(super) async fn websocket(
             .or(sent.key)
             .or(sent.token),
     };
-    let identity = match state.guard.identify(credentials) {
+    let identity = match state.guard.identify(credentials).await {
         Ok(identity) => identity,
-        Err(refused) => return refuse(StatusCode::UNAUTHORIZED, &refused.message),
+        Err(refused) => return refuse(refused.status, &refused.message),
     };
     upgrade
         .max_message_size(MESSAGE_MAX)
@@ -319,7 +319,7 @@ impl Connection {
         if config["private"] == true {
             return Err("Private channels are not supported".to_owned());
         }
-        let identity = self.of_token(&payload["access_token"])?;
+        let identity = self.of_token(&payload["access_token"]).await?;
         let run = run_of_topic(topic);
         self.permitted(&identity, run).await?;
         self.subscriber
@@ -342,12 +342,12 @@ impl Connection {
     }
 
     /// Who somebody is on a channel: by a token of its own, or by the socket's key.
-    fn of_token(&self, token: &Value) -> Result<Arc<Identity>, String> {
+    async fn of_token(&self, token: &Value) -> Result<Arc<Identity>, String> {
         match token.as_str() {
             None | Some("") => Ok(Arc::clone(&self.identity)),
             Some(token) if token.starts_with("sb_") => Ok(Arc::clone(&self.identity)),
             Some(token) => {
-                let identity = self.state.guard.known(token);
+                let identity = self.state.guard.known(token).await;
                 let identity = identity.map_err(|refused| refused.message)?;
                 if token.contains('.') && identity.expires.is_none() {
                     return Err("The JWT lacks the claim exp".to_owned());
@@ -388,7 +388,7 @@ impl Connection {
         let Some(run) = self.channels.get(topic).map(|channel| channel.run) else {
             return;
         };
-        let renewed = match self.of_token(&payload["access_token"]) {
+        let renewed = match self.of_token(&payload["access_token"]).await {
             Ok(identity) => self.permitted(&identity, run).await.map(|()| identity),
             Err(reason) => Err(reason),
         };

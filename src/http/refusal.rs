@@ -96,7 +96,7 @@ fn status_of(sqlstate: &str, anonymous: bool) -> StatusCode {
 
 impl From<Unauthorized> for Refusal {
     fn from(refused: Unauthorized) -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, refused.code, refused.message)
+        Self::new(refused.status, refused.code, refused.message)
     }
 }
 

@@ -90,7 +90,7 @@ pub(super) async fn call(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Refusal> {
-    let identity = state.guard.identify(of_headers(&headers))?;
+    let identity = state.guard.identify(of_headers(&headers)).await?;
     schema_named(&headers, "content-profile")?;
     json_sent(&headers)?;
     let arguments: BTreeMap<String, Box<RawValue>> = if body.is_empty() {
@@ -203,7 +203,7 @@ pub(super) async fn read(
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Refusal> {
-    let identity = state.guard.identify(of_headers(&headers))?;
+    let identity = state.guard.identify(of_headers(&headers)).await?;
     schema_named(&headers, "accept-profile")?;
     if !TABLES.iter().any(|known| known.name == table) {
         return Err(Refusal::new(

@@ -4,25 +4,27 @@
 //!
 //! `id:` is where to resume: of a run its `seq`, of the others a `Cursor`.
 //!
-//! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing.
+//! Streams are not compressed: an encoder would hold events back, or be flushed for each and gain nothing. Nor do they stay with
+//! hyper (`taking.rs`), whose buffers would be most of what an idle one costs: a stream writes its socket itself, all that waits
+//! in one write.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::io;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use bytes::Bytes;
-use futures_util::StreamExt;
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
@@ -31,6 +33,7 @@ use super::api::{InUrl, a_run_id, a_slug, identify, last_seq, run_state};
 use super::counters::OpenStream;
 use super::identity::Identity;
 use super::refusal::Refusal;
+use super::seats::Seated;
 use crate::events::{
     CutReason, Delivery, Event, EventsError, Form, Missed, NOW, Rights, Rows, Start, Subscriber,
 };
@@ -46,6 +49,8 @@ const RETRY: &[u8] = b"retry: 1000\n\n";
 const PAGE: usize = 500;
 /// And of it what Postgres stores, compressed; one row always.
 const PAGE_BYTES: usize = 1 << 20;
+/// Of one write, about.
+const BATCH_BYTES: usize = 64 * 1024;
 
 #[derive(Deserialize)]
 pub(super) struct Wanted {
@@ -73,7 +78,7 @@ pub(super) async fn run(
     Query(wanted): Query<Wanted>,
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
-    let identity = identify(&state, &headers, &url)?;
+    let identity = identify(&state, &headers, &url).await?;
     let id = a_run_id(&id)?;
     let failed = |error| Refusal::of_database(error, Some(&identity));
     if !state
@@ -99,9 +104,12 @@ pub(super) async fn run(
             seq
         }
         None => {
-            let asked = state.database.ask_ourselves(&last_seq(id)).await;
-            let seq = asked.map_err(failed)?.single();
-            let seq = seq.and_then(|seq| seq.parse().ok()).unwrap_or(0);
+            let question = async {
+                let asked = state.database.ask_ourselves(&last_seq(id)).await;
+                asked.map(|answer| answer.single().and_then(|seq| seq.parse().ok()))
+            };
+            let seq = state.last_seqs.ask(id, question).await;
+            let seq: i64 = seq.map_err(failed)?.unwrap_or(0);
             // An id without data is remembered and told to nobody.
             first.push_back(format!("id: {seq}\n\n").into());
             seq
@@ -141,7 +149,7 @@ async fn many(
     wanted: &Wanted,
     scope: Scope,
 ) -> Result<Response, Refusal> {
-    let identity = identify(state, headers, url)?;
+    let identity = identify(state, headers, url).await?;
     if wanted.wants_snapshot() {
         return Err(Refusal::bad_request(
             "22023",
@@ -267,7 +275,7 @@ struct Past {
     rest: Option<Cursor>,
 }
 
-struct Stream {
+pub(super) struct Stream {
     state: HttpState,
     identity: Arc<Identity>,
     subscriber: Subscriber,
@@ -280,9 +288,19 @@ struct Stream {
     check_at: Instant,
     expires_at: Option<Instant>,
     heartbeat_at: Instant,
-    stopping: watch::Receiver<bool>,
     ended: bool,
     _open: OpenStream,
+}
+
+/// A stream on its way from the handler to the socket, in the extensions of a response without a body.
+#[derive(Clone)]
+pub(super) struct Begun(Arc<Mutex<Option<Box<Stream>>>>);
+
+impl Begun {
+    /// Once.
+    pub(super) fn take(&self) -> Option<Box<Stream>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Stream {
@@ -299,7 +317,6 @@ impl Stream {
             check_at: state.sight.next_check(),
             expires_at: identity.expires_in().map(|left| now + left),
             heartbeat_at: now + HEARTBEAT,
-            stopping: state.stopping.clone(),
             _open: state.counters.stream(),
             state: state.clone(),
             identity,
@@ -313,11 +330,9 @@ impl Stream {
     }
 
     fn respond(self) -> Response {
-        let events = futures_util::stream::unfold(self, |mut stream| async move {
-            let bytes = stream.bytes().await?;
-            Some((Ok::<_, Infallible>(bytes), stream))
-        });
-        let mut response = Response::new(Body::from_stream(events.fuse()));
+        // Stands in for the stream where only its head is wanted. An empty body has a length, and would have it told.
+        let unmeasured = Body::from_stream(futures_util::stream::empty::<io::Result<Bytes>>());
+        let mut response = Response::new(unmeasured);
         let headers = response.headers_mut();
         for (name, value) in [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -326,38 +341,106 @@ impl Stream {
             headers.insert(name, HeaderValue::from_static(value));
         }
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        let begun = Begun(Arc::new(Mutex::new(Some(Box::new(self)))));
+        response.extensions_mut().insert(begun);
         response
     }
 
-    /// The next piece; `None`: the end.
-    async fn bytes(&mut self) -> Option<Bytes> {
+    /// Writes it, after `head`, to its end or the client's. `chunked`: as the head says.
+    pub(super) async fn pour(
+        mut self: Box<Self>,
+        mut socket: Seated,
+        head: Vec<u8>,
+        chunked: bool,
+    ) -> io::Result<()> {
+        socket.write_all(&head).await?;
+        drop(head);
+        let mut stopping = self.state.stopping.clone();
+        let mut stopped = pin!(super::stopped(&mut stopping));
+        // One for all that is due some time.
+        let mut timer = pin!(sleep_until(self.due()));
+        let mut heard = 0;
         loop {
             // Before anything is given out, also to one that has read nothing for long.
-            if !self.ended {
-                self.look_again().await;
+            if !self.ended && self.look_due() <= Instant::now() {
+                Box::pin(self.look_again()).await;
             }
-            if let Some(bytes) = self.next.pop_front() {
+            // Also of one that is never idle.
+            self.ended |= *self.state.stopping.borrow();
+            self.gather().await;
+            if !self.next.is_empty() {
+                let batch = batch(&mut self.next, chunked);
+                socket.write_all(&batch).await?;
                 self.heartbeat_at = Instant::now() + HEARTBEAT;
-                return Some(bytes);
-            }
-            if self.ended {
-                return None;
-            }
-            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
-                self.page().await;
                 continue;
             }
-            let due = self
-                .expires_at
-                .map_or(self.check_at, |at| at.min(self.check_at));
+            if self.ended {
+                if chunked {
+                    socket.write_all(b"0\r\n\r\n").await?;
+                }
+                return socket.shutdown().await;
+            }
+            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
+                Box::pin(self.page()).await;
+                continue;
+            }
+            let mut said = [0; 64];
             tokio::select! {
                 biased;
-                () = super::stopped(&mut self.stopping) => self.ended = true,
-                () = sleep_until(due) => {}
+                () = &mut stopped => self.ended = true,
                 delivery = poll_fn(|cx| self.subscriber.poll_next(cx)) => self.take(delivery).await,
-                () = sleep_until(self.heartbeat_at) => self.next.push_back(Bytes::from_static(b": \n\n")),
+                () = &mut timer => {
+                    if self.heartbeat_at <= Instant::now() {
+                        self.next.push_back(Bytes::from_static(b": \n\n"));
+                        self.heartbeat_at = Instant::now() + HEARTBEAT;
+                    }
+                    if self.look_due() <= Instant::now() {
+                        Box::pin(self.look_again()).await;
+                    }
+                    timer.as_mut().reset(self.due());
+                }
+                // Nothing it could still say matters but that it goes. Who goes on saying much does not know whom it talks to.
+                read = socket.read(&mut said) => {
+                    let count = read?;
+                    heard += count;
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    if heard > BATCH_BYTES {
+                        self.state.counters.talkative.inc();
+                        return Ok(());
+                    }
+                }
             }
         }
+    }
+
+    /// What waits, as far as one write takes it.
+    async fn gather(&mut self) {
+        let mut bytes: usize = self.next.iter().map(Bytes::len).sum();
+        while !self.ended && bytes < BATCH_BYTES {
+            // The past comes first.
+            if self.past.as_ref().is_some_and(|past| past.rest.is_some()) {
+                return;
+            }
+            let Some(delivery) = self.subscriber.try_next() else {
+                return;
+            };
+            let before = self.next.len();
+            self.take(delivery).await;
+            bytes += self.next.iter().skip(before).map(Bytes::len).sum::<usize>();
+        }
+    }
+
+    /// When to look whether the role may still see it.
+    fn look_due(&self) -> Instant {
+        self.expires_at
+            .map_or(self.check_at, |at| at.min(self.check_at))
+    }
+
+    /// When there is something to do though nothing happens.
+    fn due(&self) -> Instant {
+        self.look_due().min(self.heartbeat_at)
     }
 
     async fn look_again(&mut self) {
@@ -404,7 +487,11 @@ impl Stream {
             Delivery::Event(event) => {
                 let known = self.past.as_ref();
                 let known = known.is_some_and(|past| past.seen.sees(event.xid));
-                if known || event.private || !self.shows(&event.topic).await {
+                if known || event.private {
+                    return;
+                }
+                let one_run = matches!(self.scope, Scope::Run(_));
+                if !one_run && !Box::pin(self.shows(&event.topic)).await {
                     return;
                 }
                 let bytes = match self.scope {
@@ -440,9 +527,6 @@ impl Stream {
 
     /// Of a stream of many: whether the role may see that run.
     async fn shows(&mut self, topic: &str) -> bool {
-        if matches!(self.scope, Scope::Run(_)) {
-            return true;
-        }
         let Some(run) = run_of_topic(topic) else {
             return false;
         };
@@ -497,7 +581,7 @@ impl Stream {
                 continue;
             };
             at.id = id;
-            if self.shows(topic).await {
+            if Box::pin(self.shows(topic)).await {
                 let seq = column(2).and_then(|seq| seq.parse().ok());
                 let told = envelope(payload, seq, id);
                 self.next
@@ -521,6 +605,33 @@ impl Stream {
             };
         }
     }
+}
+
+/// What one write takes of what waits, one at least: before the next is written, rights are looked at again if that is due.
+fn batch(next: &mut VecDeque<Bytes>, chunked: bool) -> Bytes {
+    let (mut count, mut length) = (0, 0);
+    for bytes in next.iter() {
+        if count > 0 && length + bytes.len() > BATCH_BYTES {
+            break;
+        }
+        count += 1;
+        length += bytes.len();
+    }
+    let mut batch = BytesMut::with_capacity(length + 20);
+    if chunked {
+        batch.put_slice(format!("{length:x}\r\n").as_bytes());
+    }
+    for bytes in next.drain(..count) {
+        batch.put_slice(&bytes);
+    }
+    if chunked {
+        batch.put_slice(b"\r\n");
+    }
+    // The room for them goes, too: most streams are idle most of the time.
+    if next.is_empty() {
+        *next = VecDeque::new();
+    }
+    batch.freeze()
 }
 
 fn page_sql(scope: &Scope, at: &Cursor) -> String {
@@ -560,4 +671,33 @@ fn of_all(event: &Event, before: &Snapshot, now: &Snapshot) -> Bytes {
         now: now.clone(),
     };
     format!("id: {from}\ndata: {}\n\n", event.payload).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_write_takes_so_much_and_loses_nothing() {
+        let sizes = [10, BATCH_BYTES, 1, BATCH_BYTES - 1, 2, 3 * BATCH_BYTES, 7];
+        let waiting = || -> VecDeque<Bytes> {
+            let each = sizes.iter().zip(b'a'..);
+            each.map(|(size, byte)| vec![byte; *size].into()).collect()
+        };
+        let mut next = waiting();
+        let mut written = Vec::new();
+        let mut lengths = Vec::new();
+        while !next.is_empty() {
+            let batch = batch(&mut next, false);
+            lengths.push(batch.len());
+            written.extend_from_slice(&batch);
+        }
+        assert_eq!(
+            lengths,
+            [10, BATCH_BYTES, BATCH_BYTES, 2, 3 * BATCH_BYTES, 7]
+        );
+        assert_eq!(written, waiting().into_iter().flatten().collect::<Vec<_>>());
+        let mut next = VecDeque::from([Bytes::from_static(b"ab"), Bytes::from_static(b"c")]);
+        assert_eq!(batch(&mut next, true), "3\r\nabc\r\n");
+    }
 }

@@ -44,6 +44,8 @@ const ABANDON_MAX: Duration = Duration::from_secs(5);
 const ABANDON_WAITS: [u64; 10] = [50, 100, 250, 500, 1_000, 2_000, 4_000, 8_000, 8_000, 8_000];
 /// A waiter that found the reserve used up asks again.
 const RESERVE_RETRY: Duration = Duration::from_millis(500);
+/// Who waits looks no more often than that whether there is any prospect.
+const LOOK_MIN: Duration = Duration::from_millis(10);
 /// A pool whose own clients wait gives a server up to one that has starved for longer than they, and so long at least.
 const YIELD_AFTER: Duration = Duration::from_secs(1);
 /// Servers opened together are not to be closed together: each lives up to a tenth less than it may.
@@ -78,26 +80,27 @@ struct Books {
 }
 
 impl Books {
-    /// How long a request may wait that is worth so little that it is refused for others' sake; `None`: as long as any. Too much
-    /// is a queue that a burst does not explain; once that has lasted a while, waiting any longer has no prospect.
+    /// When a request has waited long enough to be looked at again, whose worth is so little that it may be refused for others'
+    /// sake; `None`: never. Where more wait than a burst explains, and have for a while, waiting has no prospect.
     /// (controlled delay: queue.acm.org/detail.cfm?id=2839461)
-    fn patience(&self, wish: Wish<'_>, now: Instant, shed: &config::Shed) -> Option<Duration> {
+    fn patience(&self, wish: Wish<'_>, now: Instant, shed: &config::Shed) -> Option<Instant> {
+        let early = now + shed.target;
         if self.shelf.is_paused() {
             return None;
         }
         if wish.has_other {
-            return Some(shed.target);
+            return Some(early);
         }
         if !wish.rank.gives_way() {
             return None;
         }
-        let ordinary = (self.shelf.bounds().size * QUEUE_A_SERVER).max(QUEUE_MIN);
-        if self.shelf.counts().waiting <= ordinary {
-            return None;
-        }
-        let oldest = self.shelf.waiting_since()?;
+        let oldest = self.shelf.waiting_since().unwrap_or(now);
         let stands = now.saturating_duration_since(oldest) > shed.window;
-        Some(if stands { shed.target } else { shed.window })
+        if stands && self.shelf.is_overloaded() {
+            return Some(early);
+        }
+        // What it has waited elsewhere counts.
+        Some(early.max(wish.came + shed.look()))
     }
 }
 
@@ -224,9 +227,6 @@ struct LastSeen {
     begun: Vec<(String, Reported, Arc<Settings>)>,
 }
 
-/// A queue up to that long is a burst, or long transactions: so many a server, and in all.
-const QUEUE_A_SERVER: usize = 4;
-const QUEUE_MIN: usize = 32;
 /// Openings remembered a pool.
 const TOLD_MAX: usize = 64;
 /// Beginnings remembered a pool.
@@ -281,6 +281,10 @@ pub(crate) struct Wish<'a> {
     pub(crate) opening: &'a Arc<Opening>,
     pub(crate) application_name: &'a str,
     pub(crate) rank: Rank,
+    /// When what it is for was asked.
+    pub(crate) came: Instant,
+    /// How many waiters had been served then; `None`: it comes here first.
+    pub(crate) granted: Option<u64>,
     /// There is something else for it than to wait.
     pub(crate) has_other: bool,
 }
@@ -393,6 +397,16 @@ impl Pool {
         }
     }
 
+    /// More wait than a burst or some long transactions would explain.
+    pub(crate) fn is_overloaded(&self) -> bool {
+        lock(&self.books).shelf.is_overloaded()
+    }
+
+    /// Waiters that have been served, ever.
+    pub(crate) fn granted(&self) -> u64 {
+        lock(&self.books).shelf.granted()
+    }
+
     /// A client belongs to this pool until what this returns is dropped.
     pub(crate) fn join(self: &Arc<Self>, opening: &Arc<Opening>) -> Member {
         *lock(&self.last_opening) = Some(Arc::clone(opening));
@@ -420,7 +434,8 @@ impl Pool {
         None
     }
 
-    /// A server for this client. Waits its turn, `within` at most (and never longer than `checkout_timeout`).
+    /// A server for this client. Waits its turn, `within` at most (and never longer than `checkout_timeout`): what is bounded
+    /// like that has somewhere else to go, and is not refused but late.
     pub(crate) async fn checkout(
         self: &Arc<Self>,
         wish: Wish<'_>,
@@ -430,7 +445,7 @@ impl Pool {
     ) -> Result<Checkout, CheckoutError> {
         loop {
             let mut receiver = None;
-            let (taken, terms, patience) = {
+            let (taken, terms, patience, granted) = {
                 let mut ask = Ask(&self.budget);
                 let wake = || {
                     let (sender, awaited) = oneshot::channel();
@@ -443,7 +458,7 @@ impl Pool {
                     .shelf
                     .take(client, kind, wish.rank, now, &mut ask, wake);
                 let patience = books.patience(wish, now, &self.common.shed);
-                (taken, books.terms, patience)
+                (taken, books.terms, patience, books.shelf.granted())
             };
             match taken {
                 Take::Ready(server) => match self.judge(server, terms, now) {
@@ -471,24 +486,29 @@ impl Pool {
                     if starved {
                         self.starve();
                     }
-                    let within = within.map_or(terms.checkout_timeout, |within| {
-                        within.min(terms.checkout_timeout)
-                    });
-                    let sheds = patience.filter(|patience| *patience < within);
-                    let within = sheds.unwrap_or(within);
+                    let elsewhere = wish.has_other || within.is_some();
+                    let longest = within.unwrap_or(terms.checkout_timeout);
+                    let mut deadline = now + longest.min(terms.checkout_timeout);
+                    if elsewhere {
+                        deadline = deadline.min(patience.unwrap_or(deadline));
+                    }
                     let until = Until {
-                        deadline: now + within,
+                        deadline,
                         reserve: terms.reserve_timeout.map(|patience| now + patience),
+                        look: patience.filter(|_| !elsewhere),
+                        window: self.common.shed.window,
+                        granted: Some(wish.granted.unwrap_or(granted)),
                     };
                     self.common.counters.waited.inc();
                     return match wait(wished, receiver, until, alarm).await {
-                        Some(Grant::Server(checkout)) => Ok(checkout),
-                        Some(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
-                        None if wish.has_other => Err(CheckoutError::TimedOut(within)),
-                        None if sheds.is_some() => Err(self.refuse(wish.rank.worth, within)),
-                        None => {
-                            self.common.counters.timed_out.inc();
-                            Err(CheckoutError::TimedOut(within))
+                        Ended::Granted(Grant::Server(checkout)) => Ok(checkout),
+                        Ended::Granted(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
+                        Ended::Refused => Err(self.refuse(wish.rank.worth, wish.came.elapsed())),
+                        Ended::Late => {
+                            if !elsewhere {
+                                self.common.counters.timed_out.inc();
+                            }
+                            Err(CheckoutError::TimedOut(deadline - now))
                         }
                     };
                 }
@@ -780,6 +800,8 @@ impl Pool {
                     opening: &opening,
                     application_name: "",
                     rank: Rank::default(),
+                    came: Instant::now(),
+                    granted: None,
                     has_other: false,
                 };
                 match pool.open(slot, wish).await {
@@ -906,38 +928,71 @@ impl Drop for Wished<'_> {
     }
 }
 
-/// How long a wish waits, and when it asks for one of the reserve.
+/// How long a wish waits, when it asks for one of the reserve, and when it asks whether there is any prospect.
 struct Until {
     deadline: Instant,
     reserve: Option<Instant>,
+    look: Option<Instant>,
+    /// How long until it looks again.
+    window: Duration,
+    /// How many had been served when it came; only who has just come is refused for what has passed by: whoever stayed then is
+    /// an old one now, and soon has its turn.
+    granted: Option<u64>,
 }
 
-/// `None`: nothing came in time.
+/// How a wait came to its end.
+enum Ended {
+    Granted(Grant),
+    /// Nothing came in time.
+    Late,
+    /// There is too much to do.
+    Refused,
+}
+
 async fn wait(
     mut wished: Wished<'_>,
     mut receiver: oneshot::Receiver<Grant>,
     mut until: Until,
     alarm: &mut Alarm,
-) -> Option<Grant> {
+) -> Ended {
     loop {
-        let Until { deadline, reserve } = until;
-        let next = reserve.map_or(deadline, |reserve| reserve.min(deadline));
+        let sooner = until.reserve.into_iter().chain(until.look);
+        let next = sooner.fold(until.deadline, Instant::min);
         tokio::select! {
             biased;
             granted = &mut receiver => {
-                if granted.is_ok() {
-                    wished.ticket = None;
-                }
-                return granted.ok();
+                return match granted {
+                    Ok(grant) => {
+                        wished.ticket = None;
+                        Ended::Granted(grant)
+                    }
+                    Err(_gone) => Ended::Late,
+                };
             }
             () = poll_fn(|cx| alarm.poll_until(cx, next)) => {
-                if next == deadline {
-                    return None;
+                if next == until.deadline {
+                    return Ended::Late;
                 }
-                wished.pool.claim_reserve(&wished);
-                until.reserve = Some(Instant::now() + RESERVE_RETRY);
+                if until.look == Some(next) {
+                    if wished.is_hopeless(until.granted.take()) {
+                        return Ended::Refused;
+                    }
+                    until.look = Some(Instant::now() + until.window.max(LOOK_MIN));
+                } else {
+                    wished.pool.claim_reserve(&wished);
+                    until.reserve = Some(Instant::now() + RESERVE_RETRY);
+                }
             }
         }
+    }
+}
+
+impl Wished<'_> {
+    /// `granted`: how many had been served when it came, if that counts.
+    fn is_hopeless(&self, granted: Option<u64>) -> bool {
+        let books = lock(&self.pool.books);
+        let passed = granted.is_some_and(|granted| books.shelf.is_passing_by(granted));
+        passed || books.shelf.is_overloaded()
     }
 }
 

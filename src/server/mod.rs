@@ -2,6 +2,7 @@
 //! `pool` does. Says nothing to clients.
 
 pub(crate) mod auth;
+pub(crate) mod chorus;
 pub(crate) mod conn;
 pub(crate) mod connect;
 pub(crate) mod control;

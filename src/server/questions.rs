@@ -62,6 +62,7 @@ pub(crate) struct Database {
     url: ConnectUrl,
     application: &'static str,
     wait: Duration,
+    dial: Duration,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Kept>>,
     refused: Arc<Counter>,
@@ -159,18 +160,21 @@ impl Drop for Lease {
 }
 
 impl Database {
-    /// No more than `size` connections; who finds none free within `wait` is told so, and counted.
+    /// No more than `size` connections; who finds none free within `wait` is told so, and counted. `dial`: what connecting may
+    /// take.
     pub(crate) fn new(
         url: ConnectUrl,
         application: &'static str,
         size: usize,
         wait: Duration,
+        dial: Duration,
         refused: Arc<Counter>,
     ) -> Self {
         Self {
             url,
             application,
             wait,
+            dial,
             permits: Arc::new(Semaphore::new(size)),
             idle: Mutex::default(),
             refused,
@@ -237,7 +241,7 @@ impl Database {
                 None => break,
             }
         }
-        let (client, connection) = dial(&self.url, self.application, self.wait)
+        let (client, connection) = dial(&self.url, self.application, self.dial)
             .await
             .map_err(|error| DbError::Unreachable(words(&error)))?;
         // Ends with its client.

@@ -8,6 +8,7 @@
 
 mod bank;
 mod crowds;
+mod descriptors;
 mod followers;
 mod freshness;
 mod handover;

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_postgres::Client;
 
 use crate::support::core::{Core, run};
@@ -15,6 +18,7 @@ use crate::support::http::{
 use crate::support::proxy::{PATIENCE, Proxy, text};
 use crate::support::wait::wait_until;
 
+const MINUTE: Duration = Duration::from_secs(60);
 const FLOW: &str = "flow f
                     a
                     b < a";
@@ -725,4 +729,164 @@ async fn streams_end_cleanly_when_we_go() {
     stage.proxy.shut_down().await;
     assert!(one.next().await.is_none());
     while all.next().await.is_some() {}
+}
+
+#[tokio::test]
+async fn a_stream_begins_behind_what_was_asked_before_it_on_its_connection() {
+    let stage = stage().await;
+    stage.core.start_flow("f", "{}", 1).await;
+    let mut socket = TcpStream::connect(stage.at).await.unwrap();
+    // More than sockets hold, so that answers wait in the server when the stream is asked for.
+    let pages = 400;
+    let mut asked = "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n".repeat(pages);
+    let token = bearer(&stage.roles.reader);
+    asked += &format!(
+        "GET /events/runs/{}?cursor=0 HTTP/1.1\r\nhost: x\r\n{token}\r\n\r\n",
+        run(1)
+    );
+    let (mut reader, mut writer) = socket.split();
+    // Both ways at once: a server stops reading while nobody reads its answers.
+    let listening = async {
+        let mut heard = Vec::new();
+        let mut seen = 0;
+        loop {
+            let count = reader.read_buf(&mut heard).await.unwrap();
+            assert_ne!(count, 0, "cut after {seen} bytes");
+            let end = &heard[seen..];
+            if end.windows(11).any(|found| found == b"run:started") {
+                return String::from_utf8(heard).unwrap();
+            }
+            seen = heard.len().saturating_sub(11);
+        }
+    };
+    let (heard, ()) = timeout(MINUTE, async {
+        tokio::join!(listening, async {
+            writer.write_all(asked.as_bytes()).await.unwrap();
+        })
+    })
+    .await
+    .expect("all answers");
+    let heads = heard.matches("HTTP/1.1 200 OK").count();
+    assert_eq!(heads, pages + 1);
+    let (before, stream) = heard.rsplit_once("HTTP/1.1 200 OK").unwrap();
+    assert!(stream.contains("content-type: text/event-stream"));
+    assert!(stream.contains("transfer-encoding: chunked") && stream.contains("\r\ndate: "));
+    let (head, _) = stream.split_once("\r\n\r\n").unwrap();
+    assert!(!head.contains("content-length"), "{head}");
+    assert!(!before.contains("event-stream"));
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_stream_has_no_body_for_head_and_no_chunks_for_an_old_client() {
+    let stage = stage().await;
+    stage.core.start_flow("f", "{}", 1).await;
+    let token = bearer(&stage.roles.reader);
+    let path = format!("/events/runs/{}?cursor=0", run(1));
+    let head = ask(stage.at, "HEAD", &path, &[&token], "").await;
+    assert_eq!((head.status, head.body.as_str()), (200, ""));
+    assert_eq!(
+        head.headers["content-type"],
+        "text/event-stream; charset=utf-8"
+    );
+    assert!(!head.headers.contains_key("content-length"));
+    let mut old = TcpStream::connect(stage.at).await.unwrap();
+    let asked = format!("GET {path} HTTP/1.0\r\n{token}\r\n\r\n");
+    old.write_all(asked.as_bytes()).await.unwrap();
+    let mut heard = Vec::new();
+    timeout(MINUTE, async {
+        while !heard.windows(11).any(|found| found == b"run:started") {
+            assert_ne!(old.read_buf(&mut heard).await.unwrap(), 0);
+        }
+    })
+    .await
+    .expect("an event");
+    let heard = String::from_utf8(heard).unwrap();
+    let (head, body) = heard.split_once("\r\n\r\n").unwrap();
+    assert!(!head.contains("transfer-encoding"), "{head}");
+    assert!(!head.contains("content-length"), "{head}");
+    assert!(body.starts_with("retry: 1000\n\nid: "), "{body}");
+    // It is told apart from one that is idle: the server sees that it goes.
+    drop(old);
+    wait_until("the stream's end", MINUTE, async || {
+        stage.proxy.metric("flowgate_http_streams{kind=\"sse\"}") == 0
+    })
+    .await;
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn who_talks_over_a_stream_is_cut_and_nothing_of_it_kept() {
+    let stage = stage().await;
+    stage.core.start_flow("f", "{}", 1).await;
+    let token = bearer(&stage.roles.reader);
+    let mut socket = TcpStream::connect(stage.at).await.unwrap();
+    let path = format!("/events/runs/{}?cursor=0", run(1));
+    let asked = format!("GET {path} HTTP/1.1\r\nhost: x\r\n{token}\r\n\r\n");
+    socket.write_all(asked.as_bytes()).await.unwrap();
+    let mut heard = Vec::new();
+    timeout(MINUTE, async {
+        while !heard.windows(11).any(|found| found == b"run:started") {
+            assert_ne!(socket.read_buf(&mut heard).await.unwrap(), 0);
+        }
+        let words = vec![b'x'; 64 * 1024];
+        while socket.write_all(&words).await.is_ok() {}
+    })
+    .await
+    .expect("it is cut");
+    wait_until("the stream's end", MINUTE, async || {
+        stage.proxy.metric("flowgate_http_streams{kind=\"sse\"}") == 0
+    })
+    .await;
+    let cut = "flowgate_http_streams_talked_over_total";
+    assert_eq!(stage.proxy.metric(cut), 1);
+    stage.proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_crowd_that_comes_at_once_waits_for_connections_instead_of_being_refused() {
+    let stage = stage_with(|config| {
+        config.http.pool_size = 1.try_into().unwrap();
+        config.pool.connect_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let crowd = 30;
+    for n in 1..=crowd {
+        stage.core.start_flow("f", "{}", n).await;
+    }
+    let token = bearer(&stage.roles.reader);
+    let seen = get(stage.at, "/runs", &[&token]).await;
+    assert_eq!(seen.status, 200, "its one connection is there");
+    // Longer than anybody may take to connect.
+    let holder = stage.core.db.connect().await;
+    let held = tokio::spawn(async move {
+        let hold =
+            "begin; lock table pgflow.runs in access exclusive mode; select pg_sleep(5); commit";
+        holder.batch_execute(hold).await.unwrap();
+    });
+    wait_until("the table is held", MINUTE, async || {
+        let locks = "select count(*) from pg_locks where relation = 'pgflow.runs'::regclass and mode = 'AccessExclusiveLock' and granted";
+        text(&stage.core.client, locks).await == "1"
+    })
+    .await;
+    let opened = (1..=crowd).map(|n| {
+        let path = format!("/events/runs/{}?cursor=0", run(n));
+        let (at, token) = (stage.at, token.clone());
+        async move {
+            let mut stream = EventSource::open(at, &path, &[&token]).await;
+            take(&mut stream, 1).await.remove(0).data["run_id"].clone()
+        }
+    });
+    let first = timeout(MINUTE, join_all(opened))
+        .await
+        .expect("all of them");
+    for (n, run_id) in (1..=crowd).zip(first) {
+        assert_eq!(run_id, run(n).to_string());
+    }
+    held.await.unwrap();
+    assert_eq!(
+        stage.proxy.metric("flowgate_http_database_refused_total"),
+        0
+    );
+    stage.proxy.shut_down().await;
 }

@@ -270,7 +270,7 @@ async fn who_finds_no_connection_in_time_and_no_database_is_told_so() {
     let roles = Roles::make(&core.db, &core.client).await;
     let (proxy, at) = serving(&core.db, &roles, |config| {
         config.http.pool_size = 1.try_into().unwrap();
-        config.pool.connect_timeout = std::time::Duration::from_millis(300);
+        config.pool.checkout_timeout = std::time::Duration::from_millis(300);
     })
     .await;
     let key = format!("apikey: {KEY}");

@@ -18,6 +18,7 @@ mod events;
 mod follow;
 mod hostile;
 mod http;
+mod http_jwks;
 mod http_realtime;
 mod http_rest;
 mod listening;

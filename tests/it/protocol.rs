@@ -453,6 +453,33 @@ async fn a_running_query_is_cancelled() {
 }
 
 #[tokio::test]
+async fn a_cancel_sent_right_behind_its_query_finds_it() {
+    let db = fresh_database().await;
+    let proxy = Proxy::with_pool(&db, 1).await;
+    let (mut one, mut other) = (proxy.raw().await, proxy.raw().await);
+    // Their settings differ, so that the server has to be made to fit before each query.
+    other.query("set work_mem = '5MB'").await;
+    for round in 0..100 {
+        for raw in [&mut one, &mut other] {
+            let in_transaction = round % 4 == 3;
+            if in_transaction {
+                raw.query("begin").await;
+            }
+            raw.send(&query("select pg_sleep(600)")).await;
+            raw.cancel().await;
+            let frames = raw.until_ready().await;
+            let code = error_code(&frames);
+            assert_eq!(code.as_deref(), Some("57014"), "in round {round}");
+            if in_transaction {
+                assert_eq!(raw.query("rollback").await, "C ROLLBACK\nZ I");
+            }
+        }
+    }
+    assert_eq!(first_columns_of(&mut other, "show work_mem").await, ["5MB"]);
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
 async fn a_request_queued_for_a_server_is_cancelled() {
     let db = fresh_database().await;
     let proxy = Proxy::with_pool(&db, 1).await;

@@ -6,7 +6,8 @@ use crate::events::{define_flow, finish_run};
 use crate::support::pg::{TestDb, fresh_database, replica_catches_up};
 use crate::support::proxy::{PATIENCE, Proxy, text};
 use crate::support::raw::{
-    bind_text, close_statement, describe_portal, execute, extended, first_columns, parse, sync,
+    Frame, bind, bind_text, close_statement, describe_portal, describe_statement, execute,
+    extended, first_columns, flush, parse, query, sync, tags, transcript,
 };
 use crate::support::wait::wait_until;
 
@@ -380,6 +381,18 @@ async fn where_a_statement_would_go_is_explained_and_nothing_is_done() {
     client.batch_execute("commit").await.unwrap();
     let rows = client.query(&statement, &[]).await.unwrap();
     assert_eq!(rows[0].get::<_, String>(0), "Statement: a read of no run");
+    // As postgres.js asks: the statement is described before it is bound.
+    let mut raw = proxy.raw().await;
+    let statement = "explain (flowgate) table pgflow.flows";
+    for name in ["", "named"] {
+        let part = [parse(name, statement), describe_statement(name), flush()];
+        raw.send(&part.concat()).await;
+        assert_eq!(tags(&raw.until(b'T').await), "1tT", "{name}");
+        let rest = [bind("", name, &[]), execute("", 0), sync()];
+        let answer = raw.ask_frames(&rest.concat()).await;
+        assert_eq!(tags(&answer), "2DDDDCZ", "{}", transcript(&answer));
+        assert_eq!(first_columns(&answer)[0], "Statement: a read of no run");
+    }
     // What Postgres is asked to explain, it explains; what it does not know, it refuses.
     let plan = text(&client, "explain select 'flowgate'").await;
     assert!(plan.starts_with("Result"), "{plan}");
@@ -474,4 +487,94 @@ async fn start(client: &tokio_postgres::Client) -> uuid::Uuid {
     .await
     .parse()
     .unwrap()
+}
+
+#[tokio::test]
+async fn a_session_that_asks_is_told_where_each_request_goes_and_gets_the_same_answers() {
+    let db = fresh_database().await;
+    let proxy = ready(&db).await;
+    let explained = [("flowgate.explain", "on")];
+    let mut client = proxy.raw_with(&explained).await;
+    let told = |frames: &[Frame]| -> Vec<String> {
+        let notices = frames.iter().filter(|frame| frame.tag == b'N');
+        notices.map(|frame| frame.field(b'M').unwrap()).collect()
+    };
+    let primary = "Goes to: primary, as it is not known to be a read";
+    let held = "Goes to: the server of the transaction under way";
+    for (sql, expected, is) in [
+        ("select 1", "NTDCZ", primary),
+        ("begin", "NCZ", primary),
+        ("table pgflow.flows", "NTDCZ", held),
+        ("copy (select 1) to stdout", "NHdcCZ", held),
+        ("commit", "NCZ", held),
+        (
+            "listen a",
+            "NCZ",
+            "Goes to: flowgate, which listens for its clients",
+        ),
+    ] {
+        let answer = client.ask_frames(&query(sql)).await;
+        assert_eq!(tags(&answer), expected, "{sql}: {}", transcript(&answer));
+        let told = told(&answer);
+        assert!(told[0].ends_with(is), "{sql}: {told:?}");
+    }
+    assert_eq!(tags(&client.ask_frames(&query("unlisten *")).await), "NCZ");
+    // The first of its kind finds out what there is; the other waits here.
+    for _ in 0..2 {
+        let poll = "select * from pgflow.read_with_poll('greet', 1, 1, 1, 50)";
+        let answer = client.ask_frames(&query(poll)).await;
+        assert_eq!(tags(&answer), "NTCZ", "{}", transcript(&answer));
+        assert_eq!(
+            told(&answer),
+            [
+                "Statement: a poll for work; Goes to: flowgate, until its queue may have something; then the primary"
+            ]
+        );
+    }
+    wait_until("the replica is fresh", PATIENCE, async || {
+        let answer = client.ask_frames(&query("table pgflow.flows")).await;
+        assert!(tags(&answer).ends_with("TDCZ"), "{}", transcript(&answer));
+        told(&answer) == ["Statement: a read of no run; Goes to: replica-1, which is fresh enough"]
+    })
+    .await;
+    // A pipeline: a notice each, before its own answer.
+    let write = "select pgflow.start_flow('greet', '{}')";
+    let pipeline = [
+        extended(write, &[]),
+        extended("select 1 / 0", &[]),
+        query("select 2"),
+    ];
+    client.send(&pipeline.concat()).await;
+    for expected in ["N12TDCZ", "N1EZ", "NTDCZ"] {
+        let answer = client.until_ready().await;
+        let answer: Vec<_> = answer
+            .into_iter()
+            .filter(|frame| frame.tag != b'n')
+            .collect();
+        assert_eq!(tags(&answer), expected, "{}", transcript(&answer));
+    }
+    // Parse, Describe, Flush; and what follows is of the same request.
+    let part = [parse("", "select 3"), describe_statement(""), flush()];
+    client.send(&part.concat()).await;
+    assert_eq!(tags(&client.until(b'T').await), "N1tT");
+    let rest = [bind("", "", &[]), execute("", 0), sync()];
+    let answer = client.ask_frames(&rest.concat()).await;
+    assert_eq!(tags(&answer), "2DCZ", "{}", transcript(&answer));
+    // Off, and on again by SQL.
+    let off = client
+        .ask_frames(&query("set flowgate.explain = off"))
+        .await;
+    assert_eq!(tags(&off), "NCZ");
+    let answer = client.ask_frames(&query("select 1")).await;
+    assert_eq!(tags(&answer), "TDCZ");
+    client
+        .ask_frames(&query("set flowgate.explain to 'on'"))
+        .await;
+    let answer = client.ask_frames(&query("select 1")).await;
+    assert_eq!(tags(&answer), "NTDCZ");
+    // It asks for nothing of others' answers.
+    let mut plain = proxy.raw().await;
+    let answer = plain.ask_frames(&query("table pgflow.flows")).await;
+    assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+    proxy.shut_down().await;
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use flowgate::config::{Config, Priority, Role, RoleTerms};
+use flowgate::config::{Config, Consistency, Priority, Role, RoleTerms};
 
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, row, text};
-use crate::support::raw::{Raw, error_code, first_columns, query, tags, transcript};
+use crate::support::raw::{Frame, Raw, error_code, first_columns, query, tags, transcript};
 use crate::support::wait::wait_until;
 
 fn one_server(config: &mut Config) {
@@ -33,18 +33,7 @@ async fn work_already_paid_for_goes_first_and_reads_are_refused_in_words() {
     let holder = proxy.connect().await;
     holder.batch_execute("begin").await.unwrap();
     // More than a burst: whoever of them gets the server keeps it until `direct` lets go.
-    let mut crowd: Vec<Raw> = Vec::new();
-    for _ in 0..33 {
-        let mut client = proxy.raw().await;
-        client
-            .send(&query("select pg_advisory_xact_lock(42)"))
-            .await;
-        crowd.push(client);
-    }
-    wait_until("they wait", PATIENCE, async || {
-        queued(&console, "other").await == "33"
-    })
-    .await;
+    let mut crowd = crowd(&proxy, &console, 42).await;
 
     let refused = reader
         .ask_frames(&query("select count(*) from pgflow.runs"))
@@ -303,5 +292,213 @@ async fn a_short_queue_refuses_nobody() {
         assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
     }
     assert_eq!(proxy.metric("flowgate_shed_total{class=\"read\"}"), 0);
+    proxy.shut_down().await;
+}
+
+/// So many clients wait for the only server, each to keep it until `key` is unlocked.
+async fn crowd(proxy: &Proxy, console: &tokio_postgres::Client, key: u32) -> Vec<Raw> {
+    let mut crowd = Vec::new();
+    for _ in 0..33 {
+        let mut client = proxy.raw().await;
+        let text = format!("select pg_advisory_xact_lock({key})");
+        client.send(&query(&text)).await;
+        crowd.push(client);
+    }
+    wait_until("they wait", PATIENCE, async || {
+        queued(console, "other").await == "33"
+    })
+    .await;
+    crowd
+}
+
+/// The holder of the only server lets go, and all in the crowd are served.
+async fn disperse(holder: &tokio_postgres::Client, crowd: &mut [Raw]) {
+    holder.batch_execute("commit").await.unwrap();
+    for client in crowd {
+        let answer = client.until_ready().await;
+        assert!(tags(&answer).ends_with("CZ"), "{}", transcript(&answer));
+    }
+}
+
+#[track_caller]
+fn is_refusal(answer: &[Frame]) {
+    let code = error_code(answer);
+    assert_eq!(code.as_deref(), Some("53300"), "{}", transcript(answer));
+    let detail = answer[0].field(b'D').unwrap();
+    assert!(detail.starts_with("It is of class read"), "{detail}");
+}
+
+#[tokio::test]
+async fn a_read_that_waits_already_is_refused_when_there_comes_to_be_too_much() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, one_server).await;
+    let console = proxy.console().await;
+    let mut readers = [proxy.raw().await, proxy.raw().await];
+    let holder = proxy.connect().await;
+    holder.batch_execute("begin").await.unwrap();
+    for (reader, table) in readers.iter_mut().zip(["runs", "flows"]) {
+        let text = format!("select count(*) from pgflow.{table}");
+        reader.send(&query(&text)).await;
+    }
+    wait_until("they wait", PATIENCE, async || {
+        queued(&console, "read").await == "2"
+    })
+    .await;
+    let mut crowd = crowd(&proxy, &console, 43).await;
+    // Nothing has come free.
+    for reader in &mut readers {
+        is_refusal(&reader.until_ready().await);
+    }
+    assert_eq!(queued(&console, "other").await, "33");
+    assert_eq!(queued(&console, "read").await, "0");
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"read\"}"), 2);
+    disperse(&holder, &mut crowd).await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn who_waits_for_anothers_answer_is_refused_as_early_as_others() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, one_server).await;
+    let console = proxy.console().await;
+    let direct = db.connect().await;
+    direct
+        .batch_execute("begin; lock table pgflow.runs in access exclusive mode")
+        .await
+        .unwrap();
+    let read = query("select count(*) from pgflow.runs");
+    // It has the only server, and its query takes long.
+    let mut first = proxy.raw().await;
+    first.send(&read).await;
+    let waits = format!(
+        "select count(*) from pg_stat_activity where datname = '{}' and wait_event_type = 'Lock'",
+        db.name
+    );
+    wait_until("it runs", PATIENCE, async || {
+        text(&direct, &waits).await == "1"
+    })
+    .await;
+    let mut crowd = crowd(&proxy, &console, 44).await;
+    // The first of these waits for it, the others for the first of them.
+    let mut readers = Vec::new();
+    for _ in 0..3 {
+        let mut reader = proxy.raw().await;
+        reader.send(&read).await;
+        readers.push(reader);
+    }
+    for reader in &mut readers {
+        is_refusal(&reader.until_ready().await);
+    }
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"read\"}"), 3);
+    // None of them has given up on the others before it was refused.
+    let alone = "flowgate_shared_reads_total{answered_by=\"own_after_waiting\"}";
+    assert_eq!(proxy.metric(alone), 0);
+    assert!(first.is_quiet());
+    disperse(&direct, &mut crowd).await;
+    let answer = first.until_ready().await;
+    assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn who_waits_for_what_a_replica_is_about_to_answer_is_not_refused_for_the_primarys_queue() {
+    let db = fresh_database().await;
+    let proxy = Proxy::start(&db, |config| {
+        one_server(config);
+        config.route.consistency = Consistency::Eventual;
+    })
+    .await;
+    let console = proxy.console().await;
+    let (direct, replica) = (db.connect().await, db.connect_replica().await);
+    let read = query("select count(*) from pgflow.flows");
+    let mut low = proxy.raw().await;
+    low.ask(&query("set flowgate.priority = 'low'")).await;
+    let mut warm = proxy.raw().await;
+    wait_until("the replica answers", PATIENCE, async || {
+        let before = proxy.requests("replica");
+        warm.ask(&read).await;
+        proxy.requests("replica") > before
+    })
+    .await;
+    // So it is on the replica, once that has replayed it.
+    direct
+        .batch_execute("begin; lock table pgflow.flows in access exclusive mode")
+        .await
+        .unwrap();
+    let locks = async |granted: bool| {
+        let locks = format!(
+            "select count(*) from pg_locks where relation = 'pgflow.flows'::regclass and granted = {granted}
+             and database = (select oid from pg_database where datname = current_database())"
+        );
+        text(&replica, &locks).await
+    };
+    wait_until("it is locked", PATIENCE, async || locks(true).await == "1").await;
+    let mut readers = vec![proxy.raw().await];
+    readers[0].send(&read).await;
+    wait_until("it runs", PATIENCE, async || locks(false).await == "1").await;
+    let holder = proxy.connect().await;
+    holder.batch_execute("begin").await.unwrap();
+    let mut crowd = crowd(&proxy, &console, 45).await;
+    // The first of these waits for it, the others for the first of them.
+    for _ in 0..3 {
+        let mut reader = proxy.raw().await;
+        reader.send(&read).await;
+        readers.push(reader);
+    }
+    // By then those who came before have looked whether there is any prospect, too.
+    for _ in 0..2 {
+        let refused = low.ask_frames(&query("select 1")).await;
+        let code = error_code(&refused);
+        assert_eq!(code.as_deref(), Some("53300"), "{}", transcript(&refused));
+    }
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"other\"}"), 2);
+    assert_eq!(proxy.metric("flowgate_shed_total{class=\"read\"}"), 0);
+    disperse(&holder, &mut crowd).await;
+    direct.batch_execute("commit").await.unwrap();
+    for reader in &mut readers {
+        let answer = reader.until_ready().await;
+        assert_eq!(tags(&answer), "TDCZ", "{}", transcript(&answer));
+    }
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_read_with_an_older_answer_is_told_it_while_others_wait_for_the_same() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |config| {
+        one_server(config);
+        config.shed.max_stale = Duration::from_secs(3_600);
+    })
+    .await;
+    let console = proxy.console().await;
+    let read = query("select count(*) from pgflow.flows");
+    let mut strict = proxy.raw().await;
+    let mut reader = proxy.raw().await;
+    let frames = strict
+        .ask_frames(&query("select pgflow.create_flow('a')"))
+        .await;
+    assert!(tags(&frames).ends_with("CZ"), "{}", transcript(&frames));
+    let answer = reader.ask_frames(&read).await;
+    assert_eq!(first_columns(&answer), ["1"]);
+    let frames = strict
+        .ask_frames(&query("select pgflow.create_flow('b')"))
+        .await;
+    assert!(tags(&frames).ends_with("CZ"), "{}", transcript(&frames));
+    let holder = proxy.connect().await;
+    holder.batch_execute("begin").await.unwrap();
+    strict.send(&read).await;
+    wait_until("it waits", PATIENCE, async || {
+        queued(&console, "read").await == "1"
+    })
+    .await;
+    // It need not wait for the query of the one that must see its own write.
+    let answer = reader.ask_frames(&read).await;
+    assert_eq!(tags(&answer), "NTDCZ", "{}", transcript(&answer));
+    assert_eq!(first_columns(&answer), ["1"]);
+    assert_eq!(queued(&console, "read").await, "1");
+    assert!(strict.is_quiet());
+    holder.batch_execute("commit").await.unwrap();
+    let answer = strict.until_ready().await;
+    assert_eq!(first_columns(&answer), ["2"]);
     proxy.shut_down().await;
 }

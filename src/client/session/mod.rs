@@ -3,7 +3,7 @@
 //! drives both sockets. Called by `client/startup.rs`. The rest of a session is told apart:
 //!
 //! `waiting` what it waits for between requests · `batches` the messages of an extended request · `replica` reads away from
-//! the primary · `parking` polls that wait for work · `explaining` where a statement would go · `sharing` reads that others ask
+//! the primary · `parking` polls that wait for work · `explaining` where statements go, and why · `sharing` reads that others ask
 //! for, too, or have asked for · `servers` the one in hand · `priority` what it is worth to the operator ·
 //! `subscriptions` LISTEN and UNLISTEN · `outside` who may end it · `tally` what it all amounts to.
 
@@ -27,6 +27,7 @@ use batches::Remainder;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use self::explaining::{Answered, Unexplained};
 use self::outside::Outside;
 use self::sharing::Shown;
 use self::subscriptions::{Named, Overheard};
@@ -99,6 +100,8 @@ pub(super) struct Session {
     role: RoleTerms,
     /// The priority it was opened with.
     opened_priority: Option<Priority>,
+    /// It is told where its requests go.
+    explains: bool,
     /// The replica that answered last, and when.
     last_replica: Option<(usize, Instant)>,
     /// What those have seen who will have this session's answer.
@@ -150,16 +153,28 @@ struct Request {
     bound: usize,
     /// By its first part.
     worth: Worth,
+    coming: Coming,
     /// An answer from memory, should there be too much to do.
     older: Option<Arc<Answer>>,
     /// There was too much to do.
     refused: bool,
+    /// The client is still to be told where it goes.
+    unexplained: Option<Box<Unexplained>>,
     /// The answers to what it has sent so far are known: see `Phase::Settling`.
     settled: bool,
     /// What of its last batch waits for such answers. (Boxed, as all that is rare: each idle session has room for it.)
     remainder: Option<Box<Remainder>>,
     /// It was cancelled while it waited for a replica.
     cancelled: bool,
+}
+
+/// Since when a request waits, for whatever it is.
+#[derive(Default)]
+struct Coming {
+    /// When it first had to ask for something; `None`: it has not.
+    at: Option<Instant>,
+    /// How many had been lent one of the primary's servers after waiting for it, if it waited for others before that.
+    granted: Option<u64>,
 }
 
 /// The transaction under way; a request outside one is its own.
@@ -282,6 +297,7 @@ impl Session {
             shown: None,
             role,
             opened_priority: priority::opened_with(&login.opening),
+            explains: explaining::opened_with(&login.opening),
             opening: login.opening,
             last_replica: None,
             shared,
@@ -387,8 +403,13 @@ impl Session {
             .touch(&analysis.class, unresolved(analysis.class.run()));
         self.transaction.note_feeds(&analysis);
         self.request.older = None;
+        self.request.coming = Coming::default();
         self.request.worth = self.worth(&analysis);
-        match self.plan(&analysis) {
+        let plan = self.plan(&analysis);
+        if self.explains {
+            self.tell_plan(&plan, Some(&analysis));
+        }
+        match plan {
             Plan::Subscribe(change) => self.subscribe_query(header, &change).await,
             Plan::Explain(at) => Box::pin(self.explain_query(header, at)).await,
             Plan::Read(run) => Box::pin(self.share_query(header, &analysis, run)).await,
@@ -431,6 +452,7 @@ impl Session {
         if let Err(error) = self.hold(PRIMARY).await {
             return self.without_server(&error, source, whole, true).await;
         }
+        self.tell_answered(&Answered::By(PRIMARY));
         self.exchange.begin(false, Phase::Closed);
         self.prepared.forget_unnamed();
         self.make_ready_for(&analysis.effects).await?;
@@ -460,7 +482,9 @@ impl Session {
 
     async fn function_call(&mut self, header: Header) -> Result<(), SessionError> {
         self.request.older = None;
+        self.request.coming = Coming::default();
         self.request.worth = Worth::default();
+        self.request.unexplained = None;
         self.transaction.tells = true;
         self.run_query(Source::Input, header.whole, &Analysis::opaque())
             .await
@@ -470,6 +494,7 @@ impl Session {
     async fn extended(&mut self, len: usize, end: BatchEnd) -> Result<(), SessionError> {
         self.take_survey(Source::Input, len, end);
         self.request.older = None;
+        self.request.coming = Coming::default();
         self.request.worth = Worth::default();
         let plan = match self.survey.only() {
             Some((analysis, run)) => {
@@ -482,6 +507,9 @@ impl Session {
             }
             None => Plan::Primary,
         };
+        if self.explains {
+            self.tell_batch(&plan, end);
+        }
         if !matches!(plan, Plan::Explain(_)) && self.answers_parse(len, end) {
             self.keep(len);
             return self.answer_kept_batch("").await;
@@ -494,7 +522,7 @@ impl Session {
                 return Box::pin(self.share_batch(len, end, run)).await;
             }
             Plan::Park => return Box::pin(self.park_batch(len, end)).await,
-            Plan::Explain(_) if end == BatchEnd::Sync => {
+            Plan::Explain(_) if self.explains_whole(len, end) => {
                 return Box::pin(self.explain_batch(len)).await;
             }
             Plan::Explain(_) | Plan::Read(_) | Plan::Subscribe(_) | Plan::Primary | Plan::Held => {}
@@ -513,6 +541,7 @@ impl Session {
             let (whole, ends) = (whole_length(len, end), end == BatchEnd::Sync);
             return self.without_server(&error, source, whole, ends).await;
         }
+        self.tell_answered(&Answered::By(PRIMARY));
         self.shared.counters.to_primary.inc();
         let needs: Vec<_> = self.survey.needs().cloned().collect();
         self.make_ready_for(&needs).await?;
@@ -541,6 +570,7 @@ impl Session {
         before: TxStatus,
         after: TxStatus,
     ) -> Result<(), SessionError> {
+        self.key.slot.note_turn();
         let there = self.lease.as_ref().map(|lease| &lease.statements);
         self.prepared.settle(self.exchange.confirmed, there);
         self.take_back_statements().await?;
@@ -574,6 +604,7 @@ impl Session {
         self.note_subscriptions(effects);
         if consequences.settings_changed {
             self.adopt_settings(consequences);
+            self.note_explains();
         }
         if after == TxStatus::Idle || ending.chained {
             self.tell(statements, ending);

@@ -1,5 +1,5 @@
 //! What a session is worth to the operator when not all can be served: what it says of itself (`flowgate.priority`), else what the
-//! configuration says of its user. Called where it has to wait.
+//! configuration says of its user. Called where it has to wait. How settings of ours are read, here and in `explaining.rs`.
 
 use super::Session;
 use crate::config::Priority;
@@ -12,7 +12,7 @@ const SETTING: &str = "flowgate.priority";
 impl Session {
     pub(super) fn priority(&self) -> Priority {
         let said = match self.state.settings.statement(SETTING) {
-            Some(statement) => value_of(statement),
+            Some(statement) => word_of(statement).and_then(Priority::of_word),
             None => self.opened_priority,
         };
         said.unwrap_or(self.role.priority)
@@ -27,19 +27,23 @@ impl Session {
     }
 }
 
-/// As a startup parameter, or among `options` as `-c flowgate.priority=low`.
 pub(super) fn opened_with(opening: &Opening) -> Option<Priority> {
+    opened_word(opening, SETTING).and_then(Priority::of_word)
+}
+
+/// What a setting was opened with: as a startup parameter, or among `options` as `-c flowgate.priority=low`.
+pub(super) fn opened_word<'a>(opening: &'a Opening, setting: &str) -> Option<&'a str> {
     let mut found = None;
     for (name, value) in &opening.options {
-        if name.eq_ignore_ascii_case(SETTING) {
-            found = Priority::of_word(value);
+        if name.eq_ignore_ascii_case(setting) {
+            found = Some(value.as_str());
         } else if name == "options" {
             for word in value.split_ascii_whitespace() {
                 let word = word.trim_start_matches("-c").trim_start_matches("--");
                 if let Some((name, value)) = word.split_once('=')
-                    && name.eq_ignore_ascii_case(SETTING)
+                    && name.eq_ignore_ascii_case(setting)
                 {
-                    found = Priority::of_word(value);
+                    found = Some(value);
                 }
             }
         }
@@ -48,10 +52,9 @@ pub(super) fn opened_with(opening: &Opening) -> Option<Priority> {
 }
 
 /// The last word of a SET.
-fn value_of(statement: &str) -> Option<Priority> {
+pub(super) fn word_of(statement: &str) -> Option<&str> {
     let end = |c: char| c.is_ascii_whitespace() || matches!(c, '=' | ';' | '\'' | '"');
-    let word = statement.trim_end_matches(end).rsplit(end).next()?;
-    Priority::of_word(word)
+    statement.trim_end_matches(end).rsplit(end).next()
 }
 
 #[cfg(test)]
@@ -74,7 +77,8 @@ mod tests {
             ("set flowgate.priority to default", None),
             ("set flowgate.priority to 'urgent'", None),
         ] {
-            assert_eq!(value_of(statement), expected, "{statement}");
+            let said = word_of(statement).and_then(Priority::of_word);
+            assert_eq!(said, expected, "{statement}");
         }
         let opened = |name: &str, value: &str| {
             opened_with(&Opening {

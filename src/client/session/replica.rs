@@ -2,11 +2,13 @@
 //! seen nothing of it. Never writes, never holds a replica between requests. Called by `query` and `extended` in `mod.rs`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 use tracing::debug;
 
-use super::{PARTING_MAX, Session, Source, Touched};
+use super::explaining::Answered;
+use super::{PARTING_MAX, PRIMARY, Session, Source, Touched};
 use crate::classify::{Analysis, Effect, RunRef};
 use crate::client::error::SessionError;
 use crate::client::request::{BatchEnd, Unit};
@@ -45,7 +47,7 @@ impl Session {
         let last = self.last_replica.map(|(replica, _)| replica);
         let mut since = self.floor(run);
         let mut fresh = freshness
-            .fresh_replica(since, last, live.replica_wait())
+            .fresh_replica(since, last, self.replica_wait())
             .await;
         // Another replica than the last one may be behind it, and time must not go back.
         if let (Some(replica), Some((before, answered))) = (fresh, self.last_replica)
@@ -53,7 +55,7 @@ impl Session {
         {
             since = since.max(answered);
             fresh = freshness
-                .fresh_replica(since, Some(replica), live.replica_wait())
+                .fresh_replica(since, Some(replica), self.replica_wait())
                 .await;
         }
         if fresh.is_none() {
@@ -63,6 +65,21 @@ impl Session {
             upstream: replica + 1,
             since,
         })
+    }
+
+    /// How long a read waits for a replica. Where the primary has more to do than it can, and may refuse the read, that is part of
+    /// the time in which it must say so.
+    pub(super) fn replica_wait(&mut self) -> Duration {
+        let wait = self.live.replica_wait();
+        let Some(came) = self.request.coming.at.filter(|_| !wait.is_zero()) else {
+            return wait;
+        };
+        let overloaded = self.pool(PRIMARY).is_some_and(|pool| pool.is_overloaded());
+        if !overloaded || !self.rank().gives_way() {
+            return wait;
+        }
+        let until = came + self.live.config.shed.look();
+        wait.min(until.saturating_duration_since(Instant::now()))
     }
 
     /// What a replica must have replayed for this session's read of `run`.
@@ -86,6 +103,7 @@ impl Session {
         let Some(_reading) = self.hold_replica(fresh).await else {
             return Ok(false);
         };
+        self.tell_answered(&Answered::By(fresh.upstream));
         self.exchange.begin(false, Phase::Closed);
         self.exchange.hold = true;
         self.prepared.forget_unnamed();
@@ -125,6 +143,7 @@ impl Session {
             let len = self.kept.len();
             return Box::pin(self.run_extended(Source::Kept, len, end)).await;
         };
+        self.tell_answered(&Answered::By(fresh.upstream));
         let mut next_part = true;
         self.begin_extended();
         loop {
@@ -230,7 +249,7 @@ impl Session {
         let freshness = live.freshness.as_ref()?;
         // The connection may be to a later life of the replica, which begins behind what was seen of the last one.
         if freshness
-            .still_fresh(replica, since, opened, live.replica_wait())
+            .still_fresh(replica, since, opened, self.replica_wait())
             .await
         {
             return Some(reading);

@@ -30,6 +30,7 @@ impl Session {
             lease.record.note_request(now);
             self.entry().note_request(now);
             self.tally.begin(now, opens);
+            self.key.slot.note_turn();
             return Ok(());
         }
         if std::mem::take(&mut self.request.cancelled) {
@@ -43,6 +44,8 @@ impl Session {
             opening: &self.opening,
             application_name: &self.application_name,
             rank: Rank::default(),
+            came: began,
+            granted: None,
             has_other: false,
         };
         let (mut lease, now) = match pool.take_now(wish, began) {
@@ -88,12 +91,14 @@ impl Session {
         upstream: usize,
         began: Instant,
     ) -> Result<Checkout, CheckoutError> {
-        let within = (upstream != PRIMARY).then_some(self.live.replica_wait());
+        let within = (upstream != PRIMARY).then(|| self.replica_wait());
         let wish = Wish {
             client: self.id,
             opening: &self.opening,
             application_name: &self.application_name,
             rank: self.rank(),
+            came: *self.request.coming.at.get_or_insert(began),
+            granted: self.request.coming.granted,
             has_other: self.request.older.is_some(),
         };
         // A notice may come at any time, but not inside a message. (protocol-flow.html#PROTOCOL-ASYNC)
@@ -108,7 +113,16 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                lease = &mut checkout => return lease,
+                lease = &mut checkout => {
+                    let lease = lease?;
+                    if wait.hold(&lease.key) {
+                        return Ok(lease);
+                    }
+                    if let Some(clean) = reset::prove(&lease) {
+                        lease.check_in(clean, Some(self.id), Instant::now());
+                    }
+                    return Err(CheckoutError::Cancelled);
+                }
                 () = wait.cancelled() => return Err(CheckoutError::Cancelled),
                 () = poll_fn(|cx| self.notice.poll_until(cx, notice.unwrap_or(began))), if notice.is_some() => {
                     still_waiting(began.elapsed(), pool.counts()).put(&mut self.client.output);

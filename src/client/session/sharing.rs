@@ -6,11 +6,15 @@
 //! was asked for; it shows all that the session has done and been shown, or is the very answer it was shown last. So nobody's
 //! time goes back. Under load (`shed.max_stale_ms`) it need only show what the session itself has written, and says how old it is.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use memchr::memmem;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
+use super::explaining::Answered;
 use super::parking::Batch;
 use super::{PRIMARY, Session, Source};
 use crate::classify::{Analysis, RunRef};
@@ -21,6 +25,8 @@ use crate::config::{Consistency, Priority, Reads};
 use crate::pool::checkout::CheckoutError;
 use crate::wire::frame::{HEADER, Header};
 
+/// Who waits for others looks no more often than that whether there is too much to do.
+const LOOK_MIN: Duration = Duration::from_millis(10);
 /// Longer requests are nobody else's.
 const REQUEST_MAX: usize = 16 * 1024;
 
@@ -46,6 +52,14 @@ enum Shared {
     Answered,
     /// It is for this session to ask: for others as well, or for itself alone.
     Asks(Option<Leader>),
+}
+
+/// How a wait for others ended.
+enum Waited<T> {
+    Over(T),
+    Cancelled,
+    /// There is too much to do for waiting any longer.
+    TooMuch,
 }
 
 impl Session {
@@ -161,54 +175,51 @@ impl Session {
         run: RunRef,
         len: usize,
     ) -> Result<Shared, SessionError> {
+        let began = Instant::now();
+        self.request.coming.at = Some(began);
         let Some(key) = key else {
             return Ok(Shared::Asks(None));
         };
         let flights = Arc::clone(&self.shared.flights);
-        let began = Instant::now();
         if let Some(answer) = self.kept_answer(&key, run, began) {
             flights.counters.kept.inc();
+            self.tell_answered(&Answered::FromMemory);
             return self.pass_on(&answer, len).await;
         }
         self.request.older = self.older_answer(&key, began);
-        // Who has something to fall back on does not wait for long.
-        let patience = self.request.older.as_ref();
-        let patience = patience.map(|_| self.live.config.shed.window);
         // Where another replica answers than the one this session knows, it must not be behind that.
         let last = self.last_replica.map(|(_, answered)| answered);
         let floor = self.floor(run).max(last.unwrap_or(self.shared.started));
-        let slot = Arc::clone(&self.key.slot);
         match flights.join(&key, floor) {
-            Seat::Leader(mut leader) => {
-                let wait = slot.wait();
-                tokio::select! {
-                    biased;
-                    () = leader.ready() => {}
-                    () = wait.cancelled() => return self.answer_shared_cancel(len).await,
-                    () = sleep(patience.unwrap_or_default()), if patience.is_some() => {
+            Seat::Leader(mut leader) => match self.wait_for_others(leader.ready(), began).await {
+                Waited::Over(()) => Ok(Shared::Asks(Some(leader))),
+                Waited::Cancelled => self.answer_shared_cancel(len).await,
+                Waited::TooMuch => {
+                    match self.request.older {
                         // Others may have nothing to fall back on: they ask for themselves.
-                        drop(leader);
-                        return self.too_much(began, len).await;
+                        Some(_) => drop(leader),
+                        None => leader.refuse(),
                     }
+                    self.too_much(began, len).await
                 }
-                Ok(Shared::Asks(Some(leader)))
-            }
+            },
             Seat::Follower(mut follower) => {
-                let wait = slot.wait();
-                let outcome = tokio::select! {
-                    biased;
-                    outcome = follower.outcome() => outcome,
-                    () = wait.cancelled() => return self.answer_shared_cancel(len).await,
-                    () = sleep(patience.unwrap_or_default()), if patience.is_some() => Outcome::Refused,
+                let outcome = match self.wait_for_others(follower.outcome(), began).await {
+                    Waited::Over(outcome) => outcome,
+                    Waited::Cancelled => return self.answer_shared_cancel(len).await,
+                    Waited::TooMuch => return self.too_much(began, len).await,
                 };
-                drop(wait);
                 match outcome {
                     Outcome::Answered(answer) => {
                         flights.counters.followed.inc();
+                        self.tell_answered(&Answered::ByAnother);
                         self.pass_on(&answer, len).await
                     }
                     // Others are worth less than this one.
                     Outcome::Refused if self.priority() != Priority::High => {
+                        self.too_much(began, len).await
+                    }
+                    Outcome::Nothing if self.has_no_prospect(began) => {
                         self.too_much(began, len).await
                     }
                     Outcome::Refused | Outcome::Nothing => {
@@ -218,6 +229,45 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Waits for what another session's query comes back with. Who has something to fall back on does not wait for long; nor does
+    /// who would have to be refused a server.
+    async fn wait_for_others<T>(
+        &mut self,
+        others: impl Future<Output = T>,
+        began: Instant,
+    ) -> Waited<T> {
+        self.request.coming.granted = self.pool(PRIMARY).map(|pool| pool.granted());
+        let slot = Arc::clone(&self.key.slot);
+        let wait = slot.wait();
+        let mut others = pin!(others);
+        let window = self.live.config.shed.window;
+        let mut look = began + self.live.config.shed.look();
+        loop {
+            tokio::select! {
+                biased;
+                outcome = &mut others => return Waited::Over(outcome),
+                () = wait.cancelled() => return Waited::Cancelled,
+                () = poll_fn(|cx| self.deadline.poll_until(cx, look)) => {}
+            }
+            if self.has_no_prospect(began) {
+                return Waited::TooMuch;
+            }
+            look = Instant::now() + window.max(LOOK_MIN);
+        }
+    }
+
+    /// A read that came then would only wait for a server in vain, or has something to fall back on. Where there is a replica, that may
+    /// be about to answer, however much waits for the primary.
+    fn has_no_prospect(&mut self, began: Instant) -> bool {
+        if began.elapsed() < self.live.config.shed.look() {
+            return false;
+        }
+        self.request.older.is_some()
+            || self.live.upstreams.len() == 1
+                && self.rank().gives_way()
+                && self.pool(PRIMARY).is_some_and(|pool| pool.is_overloaded())
     }
 
     /// An answer in memory that is as good as one that Postgres would give now, as far as the operator wants to know.
@@ -337,6 +387,7 @@ impl Session {
             if source == Source::Input {
                 self.keep(len);
             }
+            self.tell_answered(&Answered::FromMemory);
             old_answer(answer.asked.elapsed()).put(&mut self.client.output);
             self.shared.flights.counters.stale.inc();
             return self.put_answer(&answer).await;

@@ -32,6 +32,10 @@ impl Rank {
     }
 }
 
+/// A queue up to that long is a burst, or long transactions: so many a server, and in all.
+const QUEUE_A_SERVER: usize = 4;
+const QUEUE_MIN: usize = 32;
+
 /// One grant in so many goes to whoever has waited longest, whatever it is worth: nobody waits for ever.
 const IN_TURN: u64 = 8;
 
@@ -380,6 +384,26 @@ impl<S: Shelved, W> Shelf<S, W> {
 
     pub(crate) fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// More wait than a burst or some long transactions would explain.
+    pub(crate) fn is_overloaded(&self) -> bool {
+        !self.paused && self.waiters.len() > self.ordinary()
+    }
+
+    /// Others keep going before whoever has been waiting since so many were served: with those who wait, more than a burst explains.
+    pub(crate) fn is_passing_by(&self, granted: u64) -> bool {
+        let passed = usize::try_from(self.granted - granted).unwrap_or(usize::MAX);
+        !self.paused && passed.saturating_add(self.waiters.len()) > self.ordinary()
+    }
+
+    fn ordinary(&self) -> usize {
+        (self.bounds.size * QUEUE_A_SERVER).max(QUEUE_MIN)
+    }
+
+    /// Waiters that have been served, ever.
+    pub(crate) fn granted(&self) -> u64 {
+        self.granted
     }
 
     /// Since when whoever has waited longest waits.

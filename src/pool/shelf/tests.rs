@@ -377,3 +377,35 @@ fn who_is_worth_more_is_served_first_and_nobody_waits_for_ever() {
         ],
     );
 }
+
+#[test]
+fn too_much_is_more_than_a_burst_and_so_is_what_passes_by() {
+    let bounds = Bounds {
+        size: 1,
+        reserve: 0,
+    };
+    let mut shelf: Shelf<Server, u64> = Shelf::new(bounds, false);
+    let (mut rooms, now) = (Upstream(1), Instant::now());
+    let mut come = |shelf: &mut Shelf<Server, u64>, client| {
+        shelf.take(client, &'a', Rank::default(), now, &mut rooms, || client)
+    };
+    assert!(matches!(come(&mut shelf, 0), Take::Open(())));
+    for client in 1..=32 {
+        assert!(matches!(come(&mut shelf, client), Take::Wait { .. }));
+    }
+    let granted = shelf.granted();
+    assert!(!shelf.is_overloaded());
+    assert!(!shelf.is_passing_by(granted));
+    come(&mut shelf, 33);
+    assert!(shelf.is_overloaded() && shelf.is_passing_by(granted));
+    shelf.pause(true);
+    assert!(!shelf.is_overloaded() && !shelf.is_passing_by(granted));
+    shelf.pause(false);
+    // Served one by one, none comes: what has passed and what is left are one burst.
+    for _ in 0..33 {
+        assert!(matches!(shelf.put(server(1, 'a'), None), Put::Hand(..)));
+    }
+    assert!(!shelf.is_overloaded());
+    assert!(shelf.is_passing_by(granted), "33 were served meanwhile");
+    assert!(!shelf.is_passing_by(shelf.granted()));
+}

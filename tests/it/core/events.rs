@@ -304,6 +304,38 @@ async fn an_event_is_a_message_of_supabases_table_too() {
     let sent =
         "select seq, event, payload, private from flowgate.event where topic = 'room' order by seq";
     assert_eq!(core.show(sent).await, "1 mine {\"x\": 1} f\n2 mine 2 t");
+
+    // Others empty it, give it partitions of their own and hang triggers on it, as on Supabase's.
+    let today = core
+        .show("select to_char(now() at time zone 'UTC', 'YYYY_MM_DD')")
+        .await;
+    core.run(&format!(
+        "delete from realtime.messages; drop table realtime.messages_{today};
+         create table realtime.messages_{today} partition of realtime.messages
+         for values from (date_trunc('day', now() at time zone 'UTC')) to (date_trunc('day', now() at time zone 'UTC') + interval '1 day');
+         create table heard (event text);
+         create function hear() returns trigger language plpgsql as
+           $$ begin insert into public.heard values (new.event); return null; end $$;
+         create trigger hear after insert on realtime.messages for each row execute function hear();
+         select realtime.send('3'::jsonb, 'heard', 'room')"
+    ))
+    .await;
+    let heard =
+        format!("select event from heard union all select event from realtime.messages_{today}");
+    assert_eq!(core.show(&heard).await, "heard\nheard");
+    let outbox = "select count(*) from flowgate.event where topic = 'room'";
+    assert_eq!(
+        core.show(outbox).await,
+        "3",
+        "what is deleted there stays in the outbox"
+    );
+    // Three days of it are kept.
+    core.run("create table realtime.messages_2020_01_01 partition of realtime.messages for values from ('2020-01-01') to ('2020-01-02');
+              select flowgate.drop_partitions('30 days')")
+        .await;
+    let days = "select count(*) filter (where relname = 'messages_2020_01_01'), count(*) >= 8 from pg_class
+                where relnamespace = 'realtime'::regnamespace and relispartition";
+    assert_eq!(core.show(days).await, "0 t");
 }
 
 #[tokio::test]

@@ -223,7 +223,8 @@ async fn no_function_looks_up_a_name_on_its_callers_search_path() {
     let definers = "select p.oid::regprocedure::text from pg_proc as p where p.prosecdef and
                     p.pronamespace in ('pgflow'::regnamespace, 'flowgate'::regnamespace, 'realtime'::regnamespace) order by 1";
     let expected = lines(
-        "flowgate.drop_partitions(interval)
+        "flowgate.copy_message()
+         flowgate.drop_partitions(interval)
          flowgate.ensure_partitions(integer)
          flowgate.forget_topics(interval,integer)
          flowgate.notify_directly()
