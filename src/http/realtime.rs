@@ -300,6 +300,16 @@ impl Connection {
             response.0,
             &response.1,
         );
+        // realtime-js up to 2.11 sends a join that was under way when its socket broke without a ref (`Push.resend`), can't tell
+        // the answer to it, and at its next try takes itself for a second channel of the topic and leaves. Whoever minds errors,
+        // as pgflow's client does, makes a new channel when it hears of one.
+        if said.reference.as_deref() == Some("")
+            && let Some(channel) = self.channels.remove(topic)
+        {
+            let told = system_error(topic, "joined without a ref: subscribe anew");
+            self.say(&channel, topic, "system", &told);
+            self.channels.insert(topic.to_owned(), channel);
+        }
     }
 
     /// In force when this returns: what is committed from then on is told.
@@ -408,10 +418,7 @@ impl Connection {
     /// Says why, and that it is for good.
     fn expel(&mut self, topic: &str, reason: &str) {
         if let Some(channel) = self.leave(topic) {
-            let told = json!({
-                "extension": "system", "status": "error", "message": reason, "channel": topic,
-            });
-            self.say(&channel, topic, "system", &told);
+            self.say(&channel, topic, "system", &system_error(topic, reason));
             self.say(&channel, topic, "phx_close", &json!({}));
         }
     }
@@ -629,6 +636,10 @@ impl Connection {
             .write(join_ref, reference, &topic, event, payload);
         self.out.push_back(message);
     }
+}
+
+fn system_error(topic: &str, reason: &str) -> Value {
+    json!({ "extension": "system", "status": "error", "message": reason, "channel": topic })
 }
 
 fn is_too_large(error: &axum::Error) -> bool {

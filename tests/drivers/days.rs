@@ -8,21 +8,18 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use flowgate::config::{self, ApiKey, Secret};
-use flowgate::schema::{self, InstallOptions};
 use tokio::process::Command;
 use tokio::time::timeout;
 
+use super::crowd::{Core, Fault, crowd};
+use super::follower::FOLLOWER;
 use super::support::pg::{self, TestDb};
 use super::support::proxy::{Proxy, text};
-use super::support::wait::wait_until;
-use super::support::work::finish;
 use super::{Outcome, fetch};
 
 /// Well beyond what any of them takes; a hang is a failure.
 const DAY_MAX: Duration = Duration::from_secs(90);
 const SERVERS: usize = 10;
-/// Followed at once.
-const RUNS: usize = 1000;
 
 pub(crate) type Day = fn() -> Pin<Box<dyn Future<Output = Outcome>>>;
 
@@ -40,61 +37,52 @@ pub(crate) const DAYS: &[(&str, Day)] = &[
     }),
     ("console_python", || Box::pin(python("console_day.py"))),
     ("console_node", || Box::pin(node("console_day.cjs"))),
-    ("psycopg_followers", || {
-        Box::pin(followers(
-            Driver::Python("psycopg_followers.py"),
-            Core::Ours,
-        ))
+    ("crowd", || Box::pin(crowd(Fault::Nothing, Core::Ours))),
+    ("crowd_while_the_upstream_listener_is_killed", || {
+        Box::pin(crowd(Fault::ListenerKilled, Core::Ours))
     }),
-    ("asyncpg_followers", || {
-        Box::pin(followers(
-            Driver::Python("asyncpg_followers.py"),
-            Core::Ours,
-        ))
+    ("crowd_while_the_proxy_is_killed", || {
+        Box::pin(crowd(Fault::ProxyKilled, Core::Ours))
     }),
-    ("node_pg_followers", || {
-        Box::pin(followers(Driver::Node("pg_followers.cjs"), Core::Ours))
+    ("crowd_while_the_primary_restarts", || {
+        Box::pin(crowd(Fault::PrimaryRestarted, Core::Ours))
     }),
-    ("postgres_js_followers", || {
-        Box::pin(followers(
-            Driver::Node("postgres_followers.cjs"),
-            Core::Ours,
-        ))
+    ("crowd_with_slow_readers", || {
+        Box::pin(crowd(Fault::SlowReaders, Core::Ours))
     }),
-    ("psycopg_followers_of_upstreams_pgflow", || {
-        Box::pin(followers(
-            Driver::Python("psycopg_followers.py"),
-            Core::Upstreams,
-        ))
+    ("crowd_of_upstreams_pgflow", || {
+        Box::pin(crowd(Fault::Nothing, Core::Upstreams))
     }),
-    ("asyncpg_followers_of_upstreams_pgflow", || {
-        Box::pin(followers(
-            Driver::Python("asyncpg_followers.py"),
-            Core::Upstreams,
-        ))
-    }),
-    ("node_pg_followers_of_upstreams_pgflow", || {
-        Box::pin(followers(Driver::Node("pg_followers.cjs"), Core::Upstreams))
-    }),
-    ("postgres_js_followers_of_upstreams_pgflow", || {
-        Box::pin(followers(
-            Driver::Node("postgres_followers.cjs"),
-            Core::Upstreams,
-        ))
+    (
+        "crowd_while_the_upstream_listener_is_killed_of_upstreams_pgflow",
+        || Box::pin(crowd(Fault::ListenerKilled, Core::Upstreams)),
+    ),
+    (
+        "crowd_while_the_proxy_is_killed_of_upstreams_pgflow",
+        || Box::pin(crowd(Fault::ProxyKilled, Core::Upstreams)),
+    ),
+    (
+        "crowd_while_the_primary_restarts_of_upstreams_pgflow",
+        || Box::pin(crowd(Fault::PrimaryRestarted, Core::Upstreams)),
+    ),
+    ("crowd_with_slow_readers_of_upstreams_pgflow", || {
+        Box::pin(crowd(Fault::SlowReaders, Core::Upstreams))
     }),
     ("psql_says_the_same_as_directly", || Box::pin(psql())),
     ("pgbench_loses_no_transaction", || Box::pin(pgbench())),
 ];
 
 #[derive(Clone, Copy)]
-enum Driver {
+pub(crate) enum Driver {
     Python(&'static str),
     Node(&'static str),
+    /// tokio-postgres, by `follower`.
+    Tokio,
 }
 
 impl Driver {
     /// Its script, ready to run.
-    async fn command(self) -> fetch::Found<Command> {
+    pub(crate) async fn command(self) -> fetch::Found<Command> {
         Ok(match self {
             Self::Python(script) => {
                 let mut command = Command::new("python3");
@@ -111,6 +99,11 @@ impl Driver {
                     .env("NODE_PATH", fetch::node("node").await?);
                 command
             }
+            Self::Tokio => {
+                let mut command = Command::new(env::current_exe().unwrap());
+                command.env(FOLLOWER, "1");
+                command
+            }
         })
     }
 }
@@ -121,91 +114,6 @@ async fn python(script: &'static str) -> Outcome {
 
 async fn node(script: &'static str) -> Outcome {
     scripted(Driver::Node(script)).await
-}
-
-/// Whose pgflow there is in the database.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Core {
-    Ours,
-    /// `@pgflow/core` from the npm registry, with `flowgate install --events-only` beside it.
-    Upstreams,
-}
-
-/// A thousand runs, started at once and followed by twenty sessions.
-async fn followers(driver: Driver, core: Core) -> Outcome {
-    let mut command = match driver.command().await {
-        Ok(command) => command,
-        Err(reason) => return Outcome::Skipped(reason),
-    };
-    let db = match core {
-        Core::Ours => pg::fresh_database().await,
-        Core::Upstreams => match upstreams().await {
-            Ok(db) => db,
-            Err(reason) => return Outcome::Skipped(reason),
-        },
-    };
-    let worker = db.connect().await;
-    worker
-        .batch_execute(
-            "select pgflow.create_flow('greet'); select pgflow.add_step('greet', 'hello')",
-        )
-        .await
-        .unwrap();
-    let proxy = proxy(&db).await;
-    command
-        .env("FLOWGATE_URL", proxy.url())
-        .env("FLOWGATE_RUNS", RUNS.to_string());
-    let work = async {
-        let count = "select count(*) from pgflow.runs";
-        wait_until("the runs are started", DAY_MAX, async || {
-            text(&worker, count).await == RUNS.to_string()
-        })
-        .await;
-        finish(&worker, RUNS).await;
-    };
-    let mut day = Box::pin(said_done(command));
-    let outcome = tokio::select! {
-        outcome = &mut day => outcome,
-        () = work => day.await,
-    };
-    proxy.shut_down().await;
-    outcome
-}
-
-/// A database with upstream's pgflow and a `realtime.send` as those who are not on Supabase write it.
-async fn upstreams() -> fetch::Found<TestDb> {
-    let migrations = fetch::node("node")
-        .await?
-        .join("@pgflow/core/dist/supabase/migrations");
-    let db = pg::fresh_database().await;
-    schema::uninstall(&db.url()).await.unwrap();
-    let client = db.connect().await;
-    let stub = "create schema realtime; \
-                create function realtime.send(payload jsonb, event text, topic text, private boolean default true) \
-                returns void language plpgsql as $$ begin perform pg_notify(topic, payload::text); end $$";
-    client.batch_execute(stub).await.unwrap();
-    let mut files: Vec<_> = std::fs::read_dir(&migrations)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    files.sort();
-    for file in files {
-        // pgmq is there, though not as an extension.
-        let text = std::fs::read_to_string(&file).unwrap();
-        let lines = text
-            .lines()
-            .filter(|line| !line.to_ascii_lowercase().starts_with("create extension"));
-        let text: String = lines.flat_map(|line| [line, "\n"]).collect();
-        let applied = client.batch_execute(&text).await;
-        applied.unwrap_or_else(|error| panic!("{}: {error:?}", file.display()));
-        client.batch_execute("reset all").await.unwrap();
-    }
-    let options = InstallOptions {
-        events_only: true,
-        ..InstallOptions::default()
-    };
-    schema::install(&db.url(), options).await.unwrap();
-    Ok(db)
 }
 
 async fn pgflow_client() -> Outcome {

@@ -1,5 +1,5 @@
 //! Other people's drivers doing a day's work through the proxy: psql, pgbench, tokio-postgres, and by child processes the
-//! Python and Node drivers in `python/` and `node/`. Their packages are fetched once, into `target/drivers/`.
+//! Python and Node drivers in `python/` and `node/`; and all of them at once, following runs through faults (`crowd`). Their packages are fetched once, into `target/drivers/`.
 //!
 //! Why a harness of its own: libtest cannot say at run time that a test was not run. Where Python, Node or the registry is
 //! missing the test counts as *ignored*, with the reason, never as passed. `FLOWGATE_DRIVERS=require` makes that a failure.
@@ -10,8 +10,10 @@
     reason = "tests panic; clippy exempts only the test functions themselves"
 )]
 
+mod crowd;
 mod days;
 mod fetch;
+mod follower;
 #[path = "../it/support/mod.rs"]
 mod support;
 
@@ -76,6 +78,14 @@ impl Arguments {
 }
 
 fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    if std::env::var_os(follower::FOLLOWER).is_some() {
+        runtime.block_on(follower::follow());
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::parse(std::env::args().skip(1));
     let chosen: Vec<_> = days::DAYS
         .iter()
@@ -87,10 +97,6 @@ fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .unwrap();
     LocalSet::new().block_on(&runtime, run(&chosen, days::DAYS.len()))
 }
 

@@ -1,24 +1,21 @@
-// Runs followed with postgres.js, which listens to all channels of a pool over one connection.
+// Runs followed with postgres.js, which listens to all channels of a pool over one connection, and to the same ones again when that is
+// lost. It knows a listener by its channel, and notifications come under the channel without a cursor: so one listens to that,
+// and asks for all that was told before by a second; what comes between the two, after a connection was cut, is in that once more.
 const postgres = require('postgres')
-const { follower, runs, shares, start, url } = require('./followers.cjs')
+const { again, crowd, fail, gone, hear, last, met, url } = require('./followers.cjs')
 
-async function listen(share) {
+async function follow(share) {
   const sql = postgres(url, { max: 1, onnotice: () => {} })
-  const { hear, over } = follower(share)
-  for (const run of share) await sql.listen(`pgflow:run:${run}`, hear)
-  return { sql, over }
+  const resume = (run, seq) => sql.listen(`pgflow:run:${run}@${seq}`, () => {})
+  for (const run of share) {
+    let times = 0
+    if (process.env.FLOWGATE_CUT === '1') gone.add(run)
+    const heard = (payload) => {
+      if (hear(payload)) resume(run, last.get(run)).catch(fail)
+    }
+    await again(() => sql.listen(`pgflow:run:${run}`, heard, () => times++ && met.reconnects++))
+    await again(() => resume(run, 0))
+  }
 }
 
-async function day() {
-  const sessions = await Promise.all(shares.map(listen))
-  const sql = postgres(url, { max: 1 })
-  await sql.unsafe(start, [runs])
-  await Promise.all(sessions.map(({ over }) => over))
-  await Promise.all([sql, ...sessions.map(({ sql }) => sql)].map((sql) => sql.end()))
-  console.log('the day is done')
-}
-
-day().catch((error) => {
-  console.error(error)
-  process.exit(1)
-})
+crowd(follow).catch(fail)

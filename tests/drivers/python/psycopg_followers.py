@@ -1,33 +1,40 @@
-"""Runs followed with psycopg 3's `notifies()`."""
+"""Runs followed with psycopg 3's `notifies()`: a connection a share, and another one from where it was when that is lost."""
 
 import asyncio
 
 import psycopg
 
-from followers import SHARES, START, RUNS, URL, Share
+from followers import BREATH, URL, channel, hear, is_over, main, met, met_trouble
 
 
-async def listen(runs):
-    conn = await psycopg.AsyncConnection.connect(URL, autocommit=True)
-    for run in runs:
-        await conn.execute(f'listen "pgflow:run:{run}"')
-    return conn, Share(runs)
+async def hear_all(conn, share):
+    while not is_over(share):
+        missed = set()
+        # It ends with all that came at once: whoever leaves it earlier loses the rest.
+        async for news in conn.notifies(stop_after=1):
+            if run := hear(news.payload):
+                missed.add(run)
+        for run in missed:
+            await conn.execute(f'listen "{channel(run, True)}"')
 
 
-async def hear(conn, share):
-    async for news in conn.notifies():
-        share.hear(news.payload)
-        if share.is_over():
-            break
-    await conn.close()
+async def follow(share, followed):
+    connected = False
+    while True:
+        try:
+            async with await psycopg.AsyncConnection.connect(URL, autocommit=True) as conn:
+                for run in share:
+                    await conn.execute(f'listen "{channel(run, connected)}"')
+                if connected:
+                    met["reconnects"] += 1
+                else:
+                    followed()
+                connected = True
+                await hear_all(conn, share)
+                return
+        except psycopg.Error as error:
+            met_trouble(error)
+            await asyncio.sleep(BREATH)
 
 
-async def day():
-    sessions = await asyncio.gather(*map(listen, SHARES))
-    async with await psycopg.AsyncConnection.connect(URL, autocommit=True) as conn:
-        await conn.execute(START, (RUNS,))
-    await asyncio.gather(*(hear(*session) for session in sessions))
-
-
-asyncio.run(day())
-print("the day is done")
+main(follow)

@@ -217,6 +217,13 @@ impl Hearing {
             .expect("the server said nothing")
     }
 
+    /// The same for those who have a deadline of their own.
+    pub(crate) async fn next_however_late(
+        &mut self,
+    ) -> Option<Result<AsyncMessage, tokio_postgres::Error>> {
+        self.0.recv().await
+    }
+
     /// The next notification; notices are passed over.
     pub(crate) async fn notification(&mut self) -> Notification {
         loop {
