@@ -7,7 +7,8 @@
 //! looks on until all that were in progress at that moment have ended.
 //!
 //! What sessions of ours commit is looked for at once, but no more often than while awake: looks at any pace that 32 workers
-//! set cost them a third of theirs. Whether to stay awake is for the others' sake and counts their notifications alone.
+//! set cost them a third of theirs. Where a look finds a single event, or none, the next may come sooner. Whether to stay
+//! awake is for the others' sake and counts their notifications alone.
 
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use tokio::time::Instant;
 
 /// Between two looks while awake, or while sessions of ours commit: half of it is the latency that sparing the NOTIFY costs.
 const LOOK: Duration = Duration::from_millis(5);
+/// The same after a look that found no more than one row: who commits that rarely isn't slowed by being looked after.
+const LOOK_SOON: Duration = Duration::from_millis(2);
 /// While what was in progress has not ended, looks become rarer up to this.
 const LOOK_MAX: Duration = Duration::from_millis(200);
 /// Notified of so many looks, in so short a time, and it stays awake.
@@ -80,6 +83,10 @@ impl Rhythm {
         }
     }
 
+    fn pause(rows: usize) -> Duration {
+        if rows > 1 { LOOK } else { LOOK_SOON }
+    }
+
     pub(super) fn awake(&mut self, now: Instant) {
         self.mode = Mode::Awake {
             found: now,
@@ -96,9 +103,9 @@ impl Rhythm {
         };
     }
 
-    /// After each look, whoever reads along.
-    pub(super) fn rest(&mut self, now: Instant) {
-        self.rested = now + LOOK;
+    /// After each look, whoever reads along: how many rows it found.
+    pub(super) fn rest(&mut self, now: Instant, rows: usize) {
+        self.rested = now + Self::pause(rows);
     }
 
     /// After each look of a reader that senders know of: how many rows it found, whether it was notified of, and the transactions that its snapshot saw in
@@ -112,7 +119,7 @@ impl Rhythm {
     ) -> Turn {
         match &mut self.mode {
             Mode::Awake { found, next } => {
-                *next = now + LOOK;
+                *next = now + Self::pause(rows);
                 if rows > 0 {
                     *found = now;
                 } else if now.duration_since(*found) >= QUIET {
@@ -218,8 +225,21 @@ mod tests {
         for look in 0..100 {
             let now = start + look * MS;
             assert_eq!(rhythm.looked(now, 3, false, &[]), Turn::Stay);
-            rhythm.rest(now);
+            rhythm.rest(now, 3);
             assert_eq!((rhythm.rested(), rhythm.next()), (now + LOOK, None));
+        }
+    }
+
+    #[test]
+    fn where_little_is_found_the_next_look_comes_sooner() {
+        let start = Instant::now();
+        let mut rhythm = Rhythm::new(start);
+        rhythm.awake(start);
+        for (rows, pause) in [(0, LOOK_SOON), (1, LOOK_SOON), (2, LOOK), (500, LOOK)] {
+            rhythm.rest(start, rows);
+            assert_eq!(rhythm.rested(), start + pause);
+            assert_eq!(rhythm.looked(start, rows, false, &[]), Turn::Stay);
+            assert_eq!(rhythm.next(), Some(start + pause));
         }
     }
 }

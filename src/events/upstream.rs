@@ -410,7 +410,7 @@ impl<'a> Session<'a> {
         }
         let rows = self.read_outbox(Since::LastRead).await?;
         let now = Instant::now();
-        self.rhythm.rest(now);
+        self.rhythm.rest(now, rows);
         let Some(cursor) = self.cursor.as_ref().filter(|_| self.registered) else {
             return Ok(());
         };
