@@ -1,5 +1,5 @@
 //! More load than there is room for: `cargo bench --bench overload [-- SECONDS]`, 4 a phase if not named. Starts its own Postgres,
-//! Flowgate (as it comes, and with older answers allowed) and, where there is one, PgBouncer, all with a pool of 20. First it measures what
+//! Flowgate (as it comes, with older answers allowed, with `shed.adaptive`) and, where there is one, PgBouncer, all with a pool of 20. First it measures what
 //! Postgres can do with as many clients, who work, start runs and read as fast as they are answered. Then 1×, 2×, 4× and 8× of that is
 //! asked of each target: more clients, each at its own pace, all of them connected before the first of them asks. Of each class: what
 //! was answered, how fast, what was refused, and how late; and how soon all is well again when the load ends.
@@ -137,11 +137,14 @@ async fn measure(length: Duration) -> anyhow::Result<()> {
         ("FLOWGATE_CACHE__MAX_AGE_MS", "0"),
     ];
     let (_staling, older) = serve(&primary, &keeping).await?;
+    let adapting = [("FLOWGATE_SHED__ADAPTIVE", "true")];
+    let (_adapting, adaptive) = serve(&primary, &adapting).await?;
     let bouncer = pgbouncer(&primary).await?;
     let mut targets = vec![("direct", primary.clone())];
     targets.extend(bouncer.as_ref().map(|(_, url)| ("pgbouncer", url.clone())));
     targets.push(("flowgate", through));
     targets.push(("flowgate, max_stale_ms = 5000", older));
+    targets.push(("flowgate, adaptive", adaptive));
 
     backlog(&admin, BACKLOG).await?;
     let capacity = one(&primary, MEASURING, Paces::default(), length, &runs).await?;

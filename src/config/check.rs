@@ -653,6 +653,7 @@ impl Check {
             max_stale: self.millis("shed.max_stale_ms", raw.max_stale_ms, 0, 0..=3_600_000),
             target,
             window,
+            adaptive: raw.adaptive.unwrap_or(false),
         }
     }
 

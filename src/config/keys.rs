@@ -133,6 +133,7 @@ const ROWS: &[Row] = &[
     row!("shed.max_stale_ms", Restart, millis, shed.max_stale),
     row!("shed.target_ms", Restart, millis, shed.target),
     row!("shed.window_ms", Restart, millis, shed.window),
+    row!("shed.adaptive", Restart, plain, shed.adaptive),
     row!("events.wake", Restart, word, events.wake),
     row!("events.retention", Restart, span, events.retention),
     row!("events.direct_notify", Restart, plain, events.direct_notify),

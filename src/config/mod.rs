@@ -362,6 +362,8 @@ pub struct Shed {
     /// CoDel: the queueing time aimed at, and the window over which it may be missed.
     pub target: Duration,
     pub window: Duration,
+    /// No more of an upstream's servers are used at once than its latency says it bears.
+    pub adaptive: bool,
 }
 
 impl Shed {

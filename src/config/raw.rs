@@ -160,6 +160,7 @@ pub(super) struct Shed {
     pub(super) max_stale_ms: Option<i64>,
     pub(super) target_ms: Option<i64>,
     pub(super) window_ms: Option<i64>,
+    pub(super) adaptive: Option<bool>,
 }
 
 #[derive(Default, Deserialize, Serialize)]

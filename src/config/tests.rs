@@ -116,7 +116,7 @@ fn every_value_said_arrives() {
         route = {{ reads = "all", consistency = "eventual", replica_wait_ms = 10, sample_ms = 9 }}
         cache = {{ max_age_ms = 11, max_bytes = 12 }}
         poll = {{ park = false, probe_ms = 13 }}
-        shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
+        shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16, adaptive = true }}
         events = {{ wake = "notify", retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
         http = {{ max_connections = 21, pool_size = 22, header_timeout = "23s", write_timeout = "24s", recheck = "25s", jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*", "http://localhost:3000"] }}
         maintenance = {{ requeue = "off", prune_after = "20d" }}
@@ -233,6 +233,7 @@ fn every_value_said_arrives() {
             max_stale: Duration::from_millis(14),
             target: Duration::from_millis(15),
             window: Duration::from_millis(16),
+            adaptive: true,
         },
         events: Events {
             wake: Wake::Notify,
@@ -892,7 +893,7 @@ fn what_a_reload_does_not_change_stays_as_it_was() {
             route = {{ sample_ms = 9 }}
             cache = {{ max_age_ms = 11, max_bytes = 12 }}
             poll = {{ park = false, probe_ms = 13 }}
-            shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16 }}
+            shed = {{ max_stale_ms = 14, target_ms = 15, window_ms = 16, adaptive = true }}
             events = {{ wake = "notify", retention = "17d", direct_notify = true, queue = 18, probe = "19s" }}
             http = {{ max_connections = 9, pool_size = 2, header_timeout = "3s", write_timeout = "4s", recheck = "5s", jwt_secret = "0123456789abcdef0123456789abcdef", jwks = "{here}", api_keys = [{{ key = "k", role = "r" }}], anon_role = "anon", cors = ["*"] }}
             maintenance = {{ requeue = "off", prune_after = "20d" }}

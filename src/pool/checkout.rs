@@ -18,11 +18,11 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::alarm::Alarm;
-use super::budget::{Ask, Budget, Place, Room};
+use super::budget::{Ask, Budget, Place, Room, Turn};
 use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
 pub(crate) use super::shelf::Rank;
-use super::shelf::{Bounds, ClientId, Offer, Put, Shelf, Shelved, Take};
+use super::shelf::{Bounds, ClientId, Lack, Offer, Put, Shelf, Shelved, Take};
 use super::stats::DatabaseStats;
 use crate::classify::Worth;
 use crate::config;
@@ -163,6 +163,8 @@ enum Judged {
 /// What a waiter is handed. Dropped unread, it goes back by itself.
 enum Grant {
     Server(Checkout),
+    /// The same, but it has been idle.
+    Idle(Checkout),
     Slot(Slot),
 }
 
@@ -385,7 +387,7 @@ impl Pool {
     pub(crate) fn is_busy(&self) -> bool {
         let books = lock(&self.books);
         let counts = books.shelf.counts();
-        counts.idle == 0 && counts.open >= books.shelf.bounds().size
+        counts.idle == 0 && counts.open >= books.shelf.bounds().size || self.budget.is_full()
     }
 
     pub(crate) fn learn_credentials(&self, credentials: &Credentials) {
@@ -416,6 +418,9 @@ impl Pool {
 
     /// A server for this client without any waiting, if one is idle and surely alive.
     pub(crate) fn take_now(self: &Arc<Self>, wish: Wish<'_>, now: Instant) -> Option<Checkout> {
+        if self.budget.is_full() {
+            return None;
+        }
         let (server, terms) = {
             let mut books = lock(&self.books);
             let server = books.shelf.take_ready(wish.client, wish.opening)?;
@@ -461,31 +466,26 @@ impl Pool {
                 (taken, books.terms, patience, books.shelf.granted())
             };
             match taken {
-                Take::Ready(server) => match self.judge(server, terms, now) {
-                    Judged::Fit(checkout) => return Ok(checkout),
-                    Judged::Unfit => {}
-                    Judged::Doubtful(checkout, peek) => {
-                        if let Some(checkout) = Box::pin(self.ask(checkout, peek)).await {
-                            return Ok(checkout);
-                        }
+                Take::Ready(server) => {
+                    let checkout = Checkout::new(server, self);
+                    if let Some(checkout) = self.check(checkout, terms, now).await {
+                        return Ok(checkout);
                     }
-                },
+                }
                 Take::Open(room) => {
                     return Box::pin(self.open(Slot::new(self, room, None), wish)).await;
                 }
                 Take::Replace(old, room) => {
                     return Box::pin(self.open(Slot::new(self, room, Some(old)), wish)).await;
                 }
-                Take::Wait { ticket, starved } => {
+                Take::Wait { ticket, lack } => {
                     let receiver = receiver.expect("a wait comes with its receiver");
                     // However the wait ends, also by this future being dropped, the wish is taken back.
                     let wished = Wished {
                         pool: self,
                         ticket: Some(ticket),
                     };
-                    if starved {
-                        self.starve();
-                    }
+                    self.stand_in_line(lack);
                     let elsewhere = wish.has_other || within.is_some();
                     let longest = within.unwrap_or(terms.checkout_timeout);
                     let mut deadline = now + longest.min(terms.checkout_timeout);
@@ -502,6 +502,12 @@ impl Pool {
                     self.common.counters.waited.inc();
                     return match wait(wished, receiver, until, alarm).await {
                         Ended::Granted(Grant::Server(checkout)) => Ok(checkout),
+                        Ended::Granted(Grant::Idle(checkout)) => {
+                            match self.check(checkout, terms, Instant::now()).await {
+                                Some(checkout) => Ok(checkout),
+                                None => continue,
+                            }
+                        }
                         Ended::Granted(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
                         Ended::Refused => Err(self.refuse(wish.rank.worth, wish.came.elapsed())),
                         Ended::Late => {
@@ -571,7 +577,7 @@ impl Pool {
                 self.common.counters.reserve.inc();
                 drop(waiter.send(Grant::Slot(Slot::new(self, room, None))));
             }
-            Offer::Nothing | Offer::Starved => {}
+            Offer::Nothing | Offer::Starved | Offer::Full | Offer::Idle(..) => {}
         }
     }
 
@@ -605,8 +611,20 @@ impl Pool {
     }
 
     /// A server that was idle is lent only if it still lives.
-    fn judge(self: &Arc<Self>, server: Box<Pooled>, terms: Terms, now: Instant) -> Judged {
-        let checkout = Checkout::new(server, self);
+    async fn check(
+        self: &Arc<Self>,
+        checkout: Checkout,
+        terms: Terms,
+        now: Instant,
+    ) -> Option<Checkout> {
+        match Self::judge(checkout, terms, now) {
+            Judged::Fit(checkout) => Some(checkout),
+            Judged::Unfit => None,
+            Judged::Doubtful(checkout, peek) => Box::pin(self.ask(checkout, peek)).await,
+        }
+    }
+
+    fn judge(checkout: Checkout, terms: Terms, now: Instant) -> Judged {
         if terms.is_old(&checkout, now) {
             return Judged::Unfit;
         }
@@ -649,9 +667,14 @@ impl Pool {
         }
     }
 
-    /// The pool's clients wait for what its upstream has no room for.
-    fn starve(self: &Arc<Self>) {
-        if self.budget.starve(self) {
+    /// The pool's clients wait; it may be for what its upstream has no room for.
+    fn stand_in_line(self: &Arc<Self>, lack: Lack) {
+        let found = match lack {
+            Lack::Server => false,
+            Lack::Room => self.budget.starve(self),
+            Lack::Turn => self.budget.queue(self),
+        };
+        if found {
             self.offer_room();
         }
     }
@@ -675,6 +698,17 @@ impl Pool {
                         return;
                     }
                 }
+                Offer::Full => {
+                    if !self.budget.queue(self) {
+                        return;
+                    }
+                }
+                Offer::Idle(server, waiter) => {
+                    let grant = Grant::Idle(Checkout::new(server, self));
+                    if let Err(Grant::Idle(unwanted)) = waiter.send(grant) {
+                        unwanted.put_back();
+                    }
+                }
                 // A grant that nobody takes is dropped here, and its drop gives the slot back.
                 Offer::Slot(waiter, room, old) => {
                     drop(waiter.send(Grant::Slot(Slot::new(self, room, old))));
@@ -687,6 +721,8 @@ impl Pool {
     fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>) {
         let now = server.conn.idle_since;
         let rival = self.budget.rival_since(self);
+        let next_turn = self.budget.next_turn(self);
+        let mut waits = false;
         let put = {
             let mut books = lock(&self.books);
             // To nobody here, or to somebody who has come much later.
@@ -700,10 +736,15 @@ impl Pool {
             if unwanted {
                 Put::Close(server)
             } else {
-                books.shelf.put(server, owner)
+                let waiting_since = books.shelf.waiting_since();
+                let hands_on = next_turn.is_own(waiting_since);
+                waits = !hands_on && waiting_since.is_some();
+                books.shelf.put(server, owner, hands_on)
             }
         };
         match put {
+            // Its turn ends once it is dropped, and is offered along the line.
+            Put::Kept if waits => self.stand_in_line(Lack::Turn),
             Put::Kept => {}
             Put::Hand(server, waiter) => {
                 let grant = Grant::Server(Checkout::new(server, self));
@@ -1002,6 +1043,7 @@ struct Slot {
     /// `None` once filled.
     place: Option<Place>,
     _connecting: super::budget::Connecting,
+    turn: Option<Turn>,
 }
 
 impl Slot {
@@ -1016,12 +1058,17 @@ impl Slot {
             pool: Arc::clone(pool),
             place: Some(place.expect("room for a server, or the place of one")),
             _connecting: room.connecting,
+            turn: pool.budget.turn(),
         }
     }
 
     fn fill(mut self, conn: ServerConn) -> Checkout {
         let place = self.place.take().expect("a slot is filled once");
-        Checkout::new(Box::new(Pooled { conn, place }), &self.pool)
+        Checkout {
+            server: Some(Box::new(Pooled { conn, place })),
+            pool: Arc::clone(&self.pool),
+            turn: self.turn.take(),
+        }
     }
 }
 
@@ -1038,6 +1085,8 @@ impl Drop for Slot {
 pub(crate) struct Checkout {
     server: Option<Box<Pooled>>,
     pool: Arc<Pool>,
+    /// While it is at work, where that is bounded.
+    turn: Option<Turn>,
 }
 
 impl Checkout {
@@ -1045,6 +1094,19 @@ impl Checkout {
         Self {
             server: Some(server),
             pool: Arc::clone(pool),
+            turn: pool.budget.turn(),
+        }
+    }
+
+    /// Its client keeps it, and has its answer: its turn is over. What it asks from now on takes none, and waits for none.
+    pub(crate) fn rest(&mut self) {
+        self.turn = None;
+    }
+
+    /// A request, which was all its transaction, has taken so long.
+    pub(crate) fn note_took(&self, took: Duration, now: Instant) {
+        if self.turn.is_some() {
+            self.pool.budget.note_took(took, now);
         }
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info};
 
+pub(crate) use super::budget::Adapted;
 use super::budget::{Budget, Load};
 use super::checkout::{Common, Counters, Pool, Standing, lock};
 use super::stats::DatabaseStats;
@@ -169,7 +170,10 @@ impl Pools {
         Ok(NewUpstream(Arc::new(Endpoint {
             connector: Arc::new(connector),
             control_role: Credentials::of_control_role(&upstream.url),
-            budget: Arc::new(Budget::new(&lock(&self.settings))),
+            budget: Arc::new(Budget::new(
+                &lock(&self.settings),
+                self.common.shed.adaptive,
+            )),
             addresses: Mutex::default(),
             in_use: AtomicBool::new(true),
             upstream: Arc::clone(upstream),
@@ -476,6 +480,12 @@ impl Pools {
         Some(endpoint.budget.load())
     }
 
+    /// `None`: without `shed.adaptive`.
+    pub(crate) fn adapted(&self, upstream: UpstreamId) -> Option<Adapted> {
+        let endpoint = lock(&self.endpoints).get(&upstream).cloned()?;
+        endpoint.budget.adapted()
+    }
+
     /// Host names, not addresses, of the upstreams.
     pub(crate) fn hosts(&self) -> Vec<HostReport> {
         let endpoints: Vec<_> = lock(&self.endpoints).values().cloned().collect();
@@ -530,6 +540,10 @@ async fn sweep(pools: Weak<Pools>) {
         pools.leave_unused();
         for (_, stats) in pools.statistics() {
             stats.tick(now);
+        }
+        let endpoints: Vec<_> = lock(&pools.endpoints).values().cloned().collect();
+        for endpoint in endpoints {
+            endpoint.budget.tick(now);
         }
     }
 }

@@ -1,8 +1,13 @@
 //! Too much to do: what is worth more is served first, what is worth least is refused early and in words, and nobody else notices.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use flowgate::config::{Config, Consistency, Priority, Role, RoleTerms};
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_postgres::Client;
 
 use crate::support::pg::fresh_database;
 use crate::support::proxy::{PATIENCE, Proxy, connect, row, text};
@@ -14,7 +19,7 @@ fn one_server(config: &mut Config) {
 }
 
 /// As `SHOW LIMITS` has it of the primary.
-async fn queued(console: &tokio_postgres::Client, class: &str) -> String {
+async fn queued(console: &Client, class: &str) -> String {
     row(console, "SHOW LIMITS", "class", class).await["queued"].clone()
 }
 
@@ -296,7 +301,7 @@ async fn a_short_queue_refuses_nobody() {
 }
 
 /// So many clients wait for the only server, each to keep it until `key` is unlocked.
-async fn crowd(proxy: &Proxy, console: &tokio_postgres::Client, key: u32) -> Vec<Raw> {
+async fn crowd(proxy: &Proxy, console: &Client, key: u32) -> Vec<Raw> {
     let mut crowd = Vec::new();
     for _ in 0..33 {
         let mut client = proxy.raw().await;
@@ -312,7 +317,7 @@ async fn crowd(proxy: &Proxy, console: &tokio_postgres::Client, key: u32) -> Vec
 }
 
 /// The holder of the only server lets go, and all in the crowd are served.
-async fn disperse(holder: &tokio_postgres::Client, crowd: &mut [Raw]) {
+async fn disperse(holder: &Client, crowd: &mut [Raw]) {
     holder.batch_execute("commit").await.unwrap();
     for client in crowd {
         let answer = client.until_ready().await;
@@ -500,5 +505,189 @@ async fn a_read_with_an_older_answer_is_told_it_while_others_wait_for_the_same()
     holder.batch_execute("commit").await.unwrap();
     let answer = strict.until_ready().await;
     assert_eq!(first_columns(&answer), ["2"]);
+    proxy.shut_down().await;
+}
+
+/// A limit that may be anything from 4 to 20.
+fn adaptive(config: &mut Config) {
+    config.pool.size = 20.try_into().unwrap();
+    config.shed.adaptive = true;
+}
+
+async fn limits(console: &Client) -> BTreeMap<String, String> {
+    row(console, "SHOW LIMITS", "class", "other").await
+}
+
+async fn limit(console: &Client) -> usize {
+    limits(console).await["adaptive_limit"].parse().unwrap()
+}
+
+/// As many clients as there may be servers, who ask the same until told to stop.
+struct Busy {
+    stop: watch::Sender<bool>,
+    clients: JoinSet<usize>,
+}
+
+impl Busy {
+    async fn with(proxy: &Proxy, sql: &'static str) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let mut clients = JoinSet::new();
+        for _ in 0..20 {
+            let (client, stopped) = (proxy.connect().await, stopped.clone());
+            clients.spawn(async move {
+                let mut served = 0;
+                while !*stopped.borrow() {
+                    client.batch_execute(sql).await.unwrap();
+                    served += 1;
+                }
+                served
+            });
+        }
+        Self { stop, clients }
+    }
+
+    /// What each of them was served.
+    async fn stop(self) -> Vec<usize> {
+        self.stop.send(true).unwrap();
+        self.clients.join_all().await
+    }
+}
+
+/// Teaches it that requests are short.
+async fn usual_is_quick(proxy: &Proxy, console: &Client) {
+    let quick = proxy.connect().await;
+    wait_until("it is known what is usual", PATIENCE, async || {
+        for _ in 0..20 {
+            assert_eq!(text(&quick, "select 1").await, "1");
+        }
+        limits(console).await.contains_key("usual_us")
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_adaptive_limit_falls_when_all_grows_slow_refuses_nobody_and_rises_again() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, adaptive).await;
+    let console = proxy.console().await;
+    assert_eq!(limit(&console).await, 20);
+    // More than the floor keep their servers: they count for nothing, and are never made to wait.
+    let mut keeping = Vec::new();
+    for _ in 0..3 {
+        let inside = proxy.connect().await;
+        inside.batch_execute("begin").await.unwrap();
+        let pinned = proxy.connect().await;
+        let pinning = "create temporary table mine (a int)";
+        pinned.batch_execute(pinning).await.unwrap();
+        keeping.extend([inside, pinned]);
+    }
+    usual_is_quick(&proxy, &console).await;
+    assert_eq!(limits(&console).await["at_work"], "0");
+    let busy = Busy::with(&proxy, "select pg_sleep(0.15)").await;
+    wait_until("it falls to its floor", PATIENCE, async || {
+        limit(&console).await <= 5
+    })
+    .await;
+    for client in &keeping {
+        assert_eq!(text(client, "select 1").await, "1");
+    }
+    wait_until("the others wait", PATIENCE, async || {
+        let shown = limits(&console).await;
+        shown["at_work"] != "0" && shown["queued"] != "0"
+    })
+    .await;
+    let closed = proxy.metric("flowgate_servers_closed_total");
+    assert_eq!(closed, 0, "idle servers stay");
+    wait_until("that has become usual", PATIENCE, async || {
+        limit(&console).await >= 7
+    })
+    .await;
+    let latency = limits(&console).await["latency_us"].parse::<u64>().unwrap();
+    assert!(latency >= 150_000, "{latency}");
+    let served = busy.stop().await;
+    assert!(served.iter().all(|served| *served > 0), "{served:?}");
+    wait_until("nothing is at work", PATIENCE, async || {
+        limits(&console).await["at_work"] == "0"
+    })
+    .await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn requests_that_hold_all_of_an_adaptive_limit_stop_nobody_for_good() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, adaptive).await;
+    let console = proxy.console().await;
+    usual_is_quick(&proxy, &console).await;
+    let busy = Busy::with(&proxy, "select pg_sleep(0.15)").await;
+    wait_until("it falls to its floor", PATIENCE, async || {
+        limit(&console).await <= 5
+    })
+    .await;
+    busy.stop().await;
+    let direct = db.connect().await;
+    direct
+        .batch_execute("select pg_advisory_lock(45)")
+        .await
+        .unwrap();
+    let mut holding = Vec::new();
+    for _ in 0..8 {
+        let mut session = proxy.raw().await;
+        session
+            .send(&query("select pg_advisory_xact_lock_shared(45)"))
+            .await;
+        holding.push(session);
+    }
+    wait_until("they hold all of it", PATIENCE, async || {
+        limits(&console).await["at_work"].parse::<usize>().unwrap() >= 4
+    })
+    .await;
+    let quick = proxy.connect().await;
+    assert_eq!(text(&quick, "select 1").await, "1");
+    let listening = proxy.connect().await;
+    listening.batch_execute("listen something").await.unwrap();
+    direct
+        .batch_execute("select pg_advisory_unlock(45)")
+        .await
+        .unwrap();
+    for session in &mut holding {
+        let answer = session.until_ready().await;
+        assert!(tags(&answer).ends_with("CZ"), "{}", transcript(&answer));
+    }
+    wait_until("nothing is at work", PATIENCE, async || {
+        limits(&console).await["at_work"] == "0"
+    })
+    .await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn two_pools_take_turns_at_an_adaptive_limit() {
+    let db = fresh_database().await;
+    let other = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, adaptive).await;
+    let console = proxy.console().await;
+    usual_is_quick(&proxy, &console).await;
+    let busy = Busy::with(&proxy, "select pg_sleep(0.15)").await;
+    wait_until("it falls to its floor", PATIENCE, async || {
+        limit(&console).await <= 5
+    })
+    .await;
+    let elsewhere = connect(&proxy.url().replace(&db.name, &other.name)).await;
+    for _ in 0..5 {
+        assert_eq!(text(&elsewhere, "select 1").await, "1");
+    }
+    busy.stop().await;
+    proxy.shut_down().await;
+}
+
+#[tokio::test]
+async fn without_an_adaptive_limit_there_is_none() {
+    let db = fresh_database().await;
+    let proxy = Proxy::without_replica(&db, |_| {}).await;
+    let console = proxy.console().await;
+    assert_eq!(text(&proxy.connect().await, "select 1").await, "1");
+    let shown = limits(&console).await;
+    assert!(!shown.contains_key("adaptive_limit"), "{shown:?}");
     proxy.shut_down().await;
 }

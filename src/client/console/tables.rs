@@ -16,7 +16,7 @@ use crate::client::session::Session;
 use crate::client::shared::Shared;
 use crate::client::state::PIN_REASONS;
 use crate::config;
-use crate::pool::pools::PoolReport;
+use crate::pool::pools::{Adapted, PoolReport};
 use crate::pool::stats::Totals;
 use crate::server::conn::{ServerConn, ServerRecord};
 use crate::upstream::{Role, Upstream};
@@ -123,6 +123,19 @@ impl Row {
             Some(Value::Null) | None => false,
         };
         reads(self.0.first())
+    }
+}
+
+/// The last columns of `LIMITS`.
+fn adaptive(row: Writer, adapted: Option<&Adapted>) -> Writer {
+    let Some(Adapted { found, at_work }) = adapted else {
+        return row.null().null().null().null();
+    };
+    let row = row.int4(found.limit).int4(*at_work);
+    let row = row.int8(found.lately.as_micros());
+    match found.usual {
+        Some(usual) => row.int8(usual.as_micros()),
+        None => row.null(),
     }
 }
 
@@ -468,6 +481,10 @@ const LIMITS: &[Column] = &[
     int4("in_use"),
     int4("queued"),
     int8("refused"),
+    int4("adaptive_limit"),
+    int4("at_work"),
+    int8("latency_us"),
+    int8("usual_us"),
 ];
 
 const RUNS: &[Column] = &[
@@ -1212,6 +1229,7 @@ impl View<'_> {
         for upstream in self.live.upstreams.iter() {
             let here = || pools.iter().filter(|pool| pool.upstream == upstream.id);
             let limit: usize = here().map(|pool| pool.standing.size).sum();
+            let adapted = self.shared.pools.adapted(upstream.id);
             let in_use: usize = here()
                 .map(|pool| pool.standing.counts.open - pool.standing.counts.idle)
                 .sum();
@@ -1226,7 +1244,7 @@ impl View<'_> {
                     .int4(in_use)
                     .int4(here().map(|pool| pool.standing.waiting[at]).sum::<usize>())
                     .int8(here().map(|pool| pool.standing.shed[at]).sum::<u64>());
-                rows.push(row.row());
+                rows.push(adaptive(row, adapted.as_ref()).row());
             }
             for role in &self.live.config.roles {
                 let own = || here().filter(|pool| pool.user == role.name);
@@ -1248,7 +1266,7 @@ impl View<'_> {
                             .map(|pool| pool.standing.shed.iter().sum::<u64>())
                             .sum::<u64>(),
                     );
-                rows.push(row.row());
+                rows.push(adaptive(row, None).row());
             }
         }
         rows

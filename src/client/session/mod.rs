@@ -581,8 +581,19 @@ impl Session {
             self.note_name();
         }
         let now = Instant::now();
-        self.tally.ended(now, after == TxStatus::Idle, &self.client);
         let tag = self.exchange.tag;
+        // An error is soon said, a poll waits, a COPY takes as long as its client does, one of several in a transaction may be
+        // nothing but a BEGIN: none says how its server fares.
+        let whole = before == TxStatus::Idle && after == TxStatus::Idle;
+        let telling = self.exchange.error.is_none() && self.request.worth != Worth::Poll;
+        if telling
+            && whole
+            && tag.command() != b"COPY"
+            && let Some(lease) = &self.lease
+        {
+            lease.note_took(self.tally.took(now), now);
+        }
+        self.tally.ended(now, after == TxStatus::Idle, &self.client);
         let ending = Ending {
             failed: self.exchange.error.is_some(),
             rolled_back: tag.is("ROLLBACK"),
@@ -617,6 +628,9 @@ impl Session {
         self.close_books();
         if after == TxStatus::Idle {
             self.hear_own().await?;
+        }
+        if let Some(lease) = self.lease.as_mut() {
+            lease.rest();
         }
         if self.exchange.keep_ready {
             put_ready(&mut self.client.output, after);

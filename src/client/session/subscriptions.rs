@@ -202,6 +202,8 @@ impl Session {
         self.close_books();
         if self.state.pins.is_empty() {
             self.check_in(now).await;
+        } else if let Some(lease) = self.lease.as_mut() {
+            lease.rest();
         }
     }
 

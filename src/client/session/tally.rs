@@ -48,10 +48,15 @@ impl Tally {
         }
     }
 
+    /// How long the request has been under way.
+    pub(super) fn took(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.request_began)
+    }
+
     pub(super) fn ended(&mut self, now: Instant, ends_transaction: bool, client: &Stream) {
         let stats = &self.stats;
         stats.requests.fetch_add(1, Relaxed);
-        let took = micros(now.saturating_duration_since(self.request_began));
+        let took = micros(self.took(now));
         stats.request_us.fetch_add(took, Relaxed);
         if ends_transaction {
             stats.transactions.fetch_add(1, Relaxed);

@@ -1,7 +1,7 @@
 //! The books of one pool: which servers are idle, how many are open, who waits. Synchronous, no I/O, no clock.
 //! Who ranks higher is served first, equals in the order they came.
 //! INVARIANT: `open` counts every server that exists or is being opened; waiters exist only while no server they could
-//! use is idle, unless the pool is paused. `checkout.rs` keeps it behind a lock that is never held over an await.
+//! use is idle, unless the pool is paused or as many of the upstream's are at work as may be. `checkout.rs` keeps it behind a lock that is never held over an await.
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +53,8 @@ pub(crate) trait Rooms {
     fn open(&mut self) -> Option<Self::Room>;
     /// For a server in the place of one that is closed.
     fn replace(&mut self) -> Option<Self::Room>;
+    /// As many servers are at work as may be at once: idle ones stay idle.
+    fn is_full(&self) -> bool;
 }
 
 /// A client, for affinity.
@@ -100,9 +102,19 @@ pub(crate) enum Take<S, R> {
     /// Nothing free; the ticket takes the wish back.
     Wait {
         ticket: u64,
-        /// The pool might have one more, the upstream has no room for it.
-        starved: bool,
+        lack: Lack,
     },
+}
+
+/// What a waiter waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// A server of its pool.
+    Server,
+    /// The pool might have one more, the upstream has no room for it.
+    Room,
+    /// There may be an idle one: as many are at work as may be.
+    Turn,
 }
 
 /// What becomes of a server that came back.
@@ -121,6 +133,10 @@ pub(crate) enum Offer<S, W, R> {
     Nothing,
     /// Somebody waits, and the upstream has no room.
     Starved,
+    /// Somebody waits for a turn.
+    Full,
+    /// Hand it to this waiter; it has been idle.
+    Idle(S, W),
     /// This waiter may open a server, after closing the other one.
     Slot(W, R, Option<S>),
 }
@@ -181,11 +197,12 @@ impl<S: Shelved, W> Shelf<S, W> {
         rooms: &mut R,
         wake: impl FnOnce() -> W,
     ) -> Take<S, R::Room> {
-        if let Some(server) = self.take_ready(client, kind) {
+        let mut lack = Lack::Server;
+        if rooms.is_full() {
+            lack = Lack::Turn;
+        } else if let Some(server) = self.take_ready(client, kind) {
             return Take::Ready(server);
-        }
-        let mut starved = false;
-        if !self.paused {
+        } else if !self.paused {
             // Room that comes free is for those who wait for it already.
             let in_turn = self.waiters.is_empty();
             if self.open < self.bounds.size {
@@ -193,7 +210,7 @@ impl<S: Shelved, W> Shelf<S, W> {
                     self.open += 1;
                     return Take::Open(room);
                 }
-                starved = true;
+                lack = Lack::Room;
             }
             // Idle servers stand in the order they came back, so the first that fits has been idle longest.
             if let Some(at) = self.idle.iter().position(|idle| idle.server.kind() == kind) {
@@ -203,7 +220,7 @@ impl<S: Shelved, W> Shelf<S, W> {
                 if let Some(room) = in_turn.then(|| rooms.replace()).flatten() {
                     return Take::Replace(self.idle.remove(0).server, room);
                 }
-                starved = true;
+                lack = Lack::Room;
             }
         }
         let ticket = self.next_ticket;
@@ -217,16 +234,16 @@ impl<S: Shelved, W> Shelf<S, W> {
             wake: wake(),
         };
         self.waiters.insert(behind, waiter);
-        Take::Wait { ticket, starved }
+        Take::Wait { ticket, lack }
     }
 
-    /// A server comes back clean; `owner` is the client it stays warm for.
-    pub(crate) fn put(&mut self, server: S, owner: Option<ClientId>) -> Put<S, W> {
+    /// A server comes back clean; `owner` is the client it stays warm for. `hands_on`: not before the next turn, else.
+    pub(crate) fn put(&mut self, server: S, owner: Option<ClientId>, hands_on: bool) -> Put<S, W> {
         let Bounds { size, reserve } = self.bounds;
         if self.paused || self.open > size + reserve {
             return Put::Close(server);
         }
-        let next = self.next_waiter();
+        let next = self.next_waiter().filter(|_| hands_on);
         match next.and_then(|at| self.waiters.get(at)) {
             None if self.open > size => Put::Close(server),
             None => {
@@ -258,8 +275,21 @@ impl<S: Shelved, W> Shelf<S, W> {
 
     /// What the first waiter may have now.
     pub(crate) fn offer<R: Rooms>(&mut self, rooms: &mut R) -> Offer<S, W, R::Room> {
-        if self.paused || self.waiters.is_empty() {
+        let Some(next) = self.next_waiter().filter(|_| !self.paused) else {
             return Offer::Nothing;
+        };
+        if rooms.is_full() {
+            return Offer::Full;
+        }
+        let waiter = self.waiters.get(next);
+        let fits = |idle: &Idle<S>| waiter.is_some_and(|waiter| waiter.kind == *idle.server.kind());
+        // The one that came back last, as `take_idle` has it.
+        if let Some(at) = self.idle.iter().rposition(fits) {
+            let server = self.idle.remove(at).server;
+            return match self.grant(next) {
+                Some(waiter) => Offer::Idle(server, waiter.wake),
+                None => Offer::Nothing,
+            };
         }
         let (room, old) = if self.open < self.bounds.size {
             let Some(room) = rooms.open() else {
@@ -270,13 +300,13 @@ impl<S: Shelved, W> Shelf<S, W> {
         } else if self.idle.is_empty() {
             return Offer::Nothing;
         } else {
-            // Of another kind, or nobody would be waiting.
+            // Of another kind.
             let Some(room) = rooms.replace() else {
                 return Offer::Starved;
             };
             (room, Some(self.idle.remove(0).server))
         };
-        match self.next_waiter().and_then(|at| self.grant(at)) {
+        match self.grant(next) {
             Some(waiter) => Offer::Slot(waiter.wake, room, old),
             None => Offer::Nothing,
         }
@@ -297,6 +327,9 @@ impl<S: Shelved, W> Shelf<S, W> {
         };
         if self.open >= self.bounds.size + self.bounds.reserve {
             return Offer::Nothing;
+        }
+        if rooms.is_full() {
+            return Offer::Full;
         }
         let Some(room) = rooms.open() else {
             return Offer::Starved;

@@ -20,7 +20,7 @@ fn server(number: u32, kind: char) -> Server {
 }
 
 /// So many more servers the upstream has room for.
-struct Upstream(usize);
+struct Upstream(usize, bool);
 
 impl Rooms for Upstream {
     type Room = ();
@@ -30,6 +30,9 @@ impl Rooms for Upstream {
     }
     fn replace(&mut self) -> Option<()> {
         Some(())
+    }
+    fn is_full(&self) -> bool {
+        self.1
     }
 }
 
@@ -41,11 +44,13 @@ fn check(size: usize, steps: &[(&str, &str)]) {
 /// One line a step: `take client kind`, `put number kind owner`, `closed`, `offer` and so on, and what came of it.
 fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
     let mut shelf: Shelf<Server, String> = Shelf::new(bounds, false);
-    let mut rooms = Upstream(room);
+    let mut rooms = Upstream(room, false);
     let now = Instant::now();
     let offered = |offer: Offer<Server, String, ()>| match offer {
         Offer::Nothing => "nothing".to_owned(),
         Offer::Starved => "starved".to_owned(),
+        Offer::Full => "full".to_owned(),
+        Offer::Idle(server, waiter) => format!("idle {} to {waiter}", server.number),
         Offer::Slot(waiter, (), old) => {
             format!("slot to {waiter}, close {:?}", old.map(|s| s.number))
         }
@@ -70,13 +75,16 @@ fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
                     Take::Ready(server) => format!("ready {}", server.number),
                     Take::Open(()) => "open".into(),
                     Take::Replace(server, ()) => format!("replace {}", server.number),
-                    Take::Wait { ticket, starved } if starved => format!("starve {ticket}"),
-                    Take::Wait { ticket, .. } => format!("wait {ticket}"),
+                    Take::Wait { ticket, lack } => match lack {
+                        Lack::Server => format!("wait {ticket}"),
+                        Lack::Room => format!("starve {ticket}"),
+                        Lack::Turn => format!("turn {ticket}"),
+                    },
                 }
             }
             "put" => {
                 let owner = words.get(3).map(|owner| owner.parse().unwrap());
-                match shelf.put(server(number(1) as u32, kind(2)), owner) {
+                match shelf.put(server(number(1) as u32, kind(2)), owner, !rooms.1) {
                     Put::Kept => "kept".into(),
                     Put::Hand(server, waiter) => format!("{} to {waiter}", server.number),
                     Put::Close(server) => format!("close {}", server.number),
@@ -84,6 +92,10 @@ fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
             }
             "forget" => {
                 shelf.forget(number(1) as u64);
+                String::new()
+            }
+            "full" => {
+                rooms.1 = words[1] == "on";
                 String::new()
             }
             "disown" => {
@@ -275,7 +287,7 @@ fn a_paused_pool_lends_nothing_and_keeps_nothing() {
         ("put 10 a 1", "close 10"),
         ("closed", "nothing"),
         ("keep 2", "no"),
-        ("resume", "slot to client 3, close None"),
+        ("resume", "idle 20 to client 3"),
     ];
     check(2, &steps);
 }
@@ -385,7 +397,7 @@ fn too_much_is_more_than_a_burst_and_so_is_what_passes_by() {
         reserve: 0,
     };
     let mut shelf: Shelf<Server, u64> = Shelf::new(bounds, false);
-    let (mut rooms, now) = (Upstream(1), Instant::now());
+    let (mut rooms, now) = (Upstream(1, false), Instant::now());
     let mut come = |shelf: &mut Shelf<Server, u64>, client| {
         shelf.take(client, &'a', Rank::default(), now, &mut rooms, || client)
     };
@@ -403,9 +415,38 @@ fn too_much_is_more_than_a_burst_and_so_is_what_passes_by() {
     shelf.pause(false);
     // Served one by one, none comes: what has passed and what is left are one burst.
     for _ in 0..33 {
-        assert!(matches!(shelf.put(server(1, 'a'), None), Put::Hand(..)));
+        assert!(matches!(
+            shelf.put(server(1, 'a'), None, true),
+            Put::Hand(..)
+        ));
     }
     assert!(!shelf.is_overloaded());
     assert!(shelf.is_passing_by(granted), "33 were served meanwhile");
     assert!(!shelf.is_passing_by(shelf.granted()));
+}
+
+#[test]
+fn idle_servers_stay_idle_while_as_many_are_at_work_as_may_be() {
+    check(
+        2,
+        &[
+            ("take 1 a", "open"),
+            ("take 2 a", "open"),
+            ("full on", ""),
+            ("take 3 a", "turn 0"),
+            ("put 1 a", "kept"),
+            ("offer", "full"),
+            ("claim 0", "nothing"),
+            ("take 4 a progress", "turn 1"),
+            ("full off", ""),
+            ("offer", "idle 1 to client 4"),
+            ("offer", "nothing"),
+            ("put 2 a", "2 to client 3"),
+            ("full on", ""),
+            ("put 1 a", "kept"),
+            ("take 5 b", "turn 2"),
+            ("full off", ""),
+            ("offer", "slot to client 5, close Some(1)"),
+        ],
+    );
 }
