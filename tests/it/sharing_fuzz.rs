@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use crate::events::define_flow;
 use crate::support::chance::{Chance, Stretch, seed};
 use crate::support::pg::{TestDb, fresh_database, replica_catches_up};
-use crate::support::proxy::{Proxy, text};
+use crate::support::proxy::{PATIENCE, Proxy, text};
 use crate::support::raw::{
     Frame, Raw, execute, first_columns, message, parse, query, sync, transcript,
 };
@@ -58,7 +58,12 @@ async fn nobody_gets_what_another_session_would() {
     replica_catches_up().await;
     let stretch = Stretch::of(60);
     for replicas in [false, true] {
-        let few = |config: &mut flowgate::config::Config| config.pool.size = 3.try_into().unwrap();
+        let few = |config: &mut flowgate::config::Config| {
+            config.pool.size = 3.try_into().unwrap();
+            // Nor is anybody refused for being one of many.
+            config.shed.target = PATIENCE;
+            config.shed.window = PATIENCE;
+        };
         let proxy = if replicas {
             Proxy::start(&db, few).await
         } else {

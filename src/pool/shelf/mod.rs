@@ -36,6 +36,9 @@ impl Rank {
 const QUEUE_A_SERVER: usize = 4;
 const QUEUE_MIN: usize = 32;
 
+/// So many a server are served before anybody could say that they wait in vain.
+const ROUNDS: usize = 2;
+
 /// One grant in so many goes to whoever has waited longest, whatever it is worth: nobody waits for ever.
 const IN_TURN: u64 = 8;
 
@@ -425,9 +428,13 @@ impl<S: Shelved, W> Shelf<S, W> {
     }
 
     /// Others keep going before whoever has been waiting since so many were served: with those who wait, more than a burst explains.
+    /// Where hardly any wait, all are about to be served.
     pub(crate) fn is_passing_by(&self, granted: u64) -> bool {
         let passed = usize::try_from(self.granted - granted).unwrap_or(usize::MAX);
-        !self.paused && passed.saturating_add(self.waiters.len()) > self.ordinary()
+        let waiting = self.waiters.len();
+        !self.paused
+            && waiting > self.bounds.size * ROUNDS
+            && passed.saturating_add(waiting) > self.ordinary()
     }
 
     fn ordinary(&self) -> usize {
