@@ -268,7 +268,7 @@ impl Connection {
                     &json!({}),
                 );
                 if let Some(channel) = left {
-                    self.say(&channel, topic, "phx_close", &json!({}));
+                    self.end(&channel, topic);
                 }
             }
             "access_token" => self.renew(topic, &said.payload).await,
@@ -280,7 +280,7 @@ impl Connection {
     async fn join(&mut self, said: &Said) {
         let topic = said.topic.strip_prefix("realtime:").unwrap_or_default();
         if let Some(old) = self.leave(topic) {
-            self.say(&old, topic, "phx_close", &json!({}));
+            self.end(&old, topic);
         }
         let join_ref = said.join_ref.clone().or_else(|| said.reference.clone());
         let response = match self.joined(topic, join_ref.clone(), &said.payload).await {
@@ -300,15 +300,18 @@ impl Connection {
             response.0,
             &response.1,
         );
-        // realtime-js up to 2.11 sends a join that was under way when its socket broke without a ref (`Push.resend`), can't tell
-        // the answer to it, and at its next try takes itself for a second channel of the topic and leaves. Whoever minds errors,
-        // as pgflow's client does, makes a new channel when it hears of one.
-        if said.reference.as_deref() == Some("")
-            && let Some(channel) = self.channels.remove(topic)
-        {
-            let told = system_error(topic, "joined without a ref: subscribe anew");
-            self.say(&channel, topic, "system", &told);
-            self.channels.insert(topic.to_owned(), channel);
+        // realtime-js up to 2.11 sends a join that was under way when its socket broke, and all later ones of that channel, without
+        // a ref (`Push.resend`). It can't tell the answer, and at its next try takes itself for a second channel of the topic and
+        // leaves. An error it can tell: a channel that has failed hears what is broadcast, and only joins again, now and then.
+        if said.reference.as_deref() == Some("") {
+            let answer = self.version.write(
+                join_ref.as_deref(),
+                None,
+                &said.topic,
+                "phx_error",
+                &json!({}),
+            );
+            self.out.push_back(answer);
         }
     }
 
@@ -419,7 +422,7 @@ impl Connection {
     fn expel(&mut self, topic: &str, reason: &str) {
         if let Some(channel) = self.leave(topic) {
             self.say(&channel, topic, "system", &system_error(topic, reason));
-            self.say(&channel, topic, "phx_close", &json!({}));
+            self.end(&channel, topic);
         }
     }
 
@@ -629,11 +632,21 @@ impl Connection {
     fn say(&mut self, channel: &Channel, topic: &str, event: &str, payload: &Value) {
         let topic = format!("realtime:{topic}");
         let join_ref = channel.join_ref.as_deref();
-        // By its `ref` supabase-js knows whether an end is that of the channel it has now, or of the one before.
-        let reference = join_ref.filter(|_| event == "phx_close");
+        let message = self.version.write(join_ref, None, &topic, event, payload);
+        self.out.push_back(message);
+    }
+
+    /// By its ref supabase-js knows whether that is the end of the channel it has now, or of the one before. Where it has none it
+    /// would drop whatever else it joined without a ref.
+    fn end(&mut self, channel: &Channel, topic: &str) {
+        let join_ref = channel.join_ref.as_deref();
+        if join_ref == Some("") {
+            return;
+        }
+        let topic = format!("realtime:{topic}");
         let message = self
             .version
-            .write(join_ref, reference, &topic, event, payload);
+            .write(join_ref, join_ref, &topic, "phx_close", &json!({}));
         self.out.push_back(message);
     }
 }
