@@ -14,6 +14,7 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use futures_util::future::{FutureExt, join_all};
 use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -33,6 +34,9 @@ use crate::server::questions::DbError;
 
 /// What a client may send in one message.
 const MESSAGE_MAX: usize = 1 << 20;
+/// Messages that are heard together, and how long each but the last may be.
+const HEARD_AT_ONCE: usize = 64;
+const SMALL: usize = 16 << 10;
 /// A client says something every 30 s at the latest.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long events of a run wait for the answer that it was started.
@@ -146,10 +150,13 @@ impl Channel {
     }
 }
 
+/// `None`: the socket has ended.
+type Heard = Option<Result<Message, axum::Error>>;
+
 enum Woken {
     Stopping,
     Due,
-    Said(Option<Result<Message, axum::Error>>),
+    Said(Heard),
     Delivery(Delivery),
 }
 
@@ -201,20 +208,20 @@ impl Connection {
             match woken {
                 Woken::Stopping => self.close = Some((GOING_AWAY, "shutting down")),
                 Woken::Due => self.look().await,
-                Woken::Said(Some(Ok(message))) => {
+                Woken::Said(said) => {
                     self.heard_at = Instant::now();
-                    if !self.hear(message).await {
+                    // With what else there is already: who comes back joins all of its channels at once.
+                    let mut heard = vec![said];
+                    while heard.len() < HEARD_AT_ONCE && heard.last().is_some_and(is_small) {
+                        match stream.next().now_or_never() {
+                            Some(more) => heard.push(more),
+                            None => break,
+                        }
+                    }
+                    if !self.hear(heard).await {
                         return;
                     }
                 }
-                Woken::Said(Some(Err(error))) => {
-                    debug!(%error, "socket");
-                    if !is_too_large(&error) {
-                        return;
-                    }
-                    self.close = Some((TOO_LARGE, "message too large"));
-                }
-                Woken::Said(None) => return,
                 Woken::Delivery(delivery) => self.take(delivery).await,
             }
         }
@@ -228,22 +235,45 @@ impl Connection {
             .fold(self.heard_at + SILENCE_MAX, Instant::min)
     }
 
-    /// `false`: the client has said goodbye.
-    async fn hear(&mut self, message: Message) -> bool {
-        match message {
-            Message::Text(text) => {
-                if let Some(said) = self.version.read(&text) {
+    /// `false`: the client has said goodbye, or is gone.
+    async fn hear(&mut self, messages: Vec<Heard>) -> bool {
+        let mut joins: Vec<Said> = Vec::new();
+        for message in messages {
+            match message {
+                Some(Ok(Message::Text(text))) => {
+                    let Some(said) = self.version.read(&text) else {
+                        continue;
+                    };
+                    let joins_another = said.event == "phx_join"
+                        && said.topic != "phoenix"
+                        && joins.iter().all(|join| join.topic != said.topic);
+                    if joins_another {
+                        joins.push(said);
+                        continue;
+                    }
+                    self.join(std::mem::take(&mut joins)).await;
                     self.answer(said).await;
                 }
-            }
-            Message::Binary(bytes) => {
-                if let Some((join_ref, reference, topic)) = read_push(&bytes) {
-                    self.acknowledge(join_ref.as_deref(), reference.as_deref(), &topic);
+                Some(Ok(Message::Binary(bytes))) => {
+                    self.join(std::mem::take(&mut joins)).await;
+                    if let Some((join_ref, reference, topic)) = read_push(&bytes) {
+                        self.acknowledge(join_ref.as_deref(), reference.as_deref(), &topic);
+                    }
                 }
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Err(error)) if is_too_large(&error) => {
+                    debug!(%error, "socket");
+                    self.close = Some((TOO_LARGE, "message too large"));
+                    break;
+                }
+                Some(Err(error)) => {
+                    debug!(%error, "socket");
+                    return false;
+                }
+                Some(Ok(Message::Close(_))) | None => return false,
             }
-            Message::Ping(_) | Message::Pong(_) => {}
-            Message::Close(_) => return false,
         }
+        self.join(joins).await;
         true
     }
 
@@ -255,9 +285,9 @@ impl Connection {
             }
             return;
         }
-        let topic = said.topic.strip_prefix("realtime:").unwrap_or_default();
+        let topic = topic_of(&said);
         match said.event.as_str() {
-            "phx_join" => self.join(&said).await,
+            "phx_join" => self.join(vec![said]).await,
             "phx_leave" => {
                 let left = self.leave(topic);
                 self.reply(
@@ -277,15 +307,27 @@ impl Connection {
         }
     }
 
-    async fn join(&mut self, said: &Said) {
-        let topic = said.topic.strip_prefix("realtime:").unwrap_or_default();
-        if let Some(old) = self.leave(topic) {
-            self.end(&old, topic);
+    /// Several together: each may have to wait until the outbox has been read. Of no topic twice.
+    async fn join(&mut self, joins: Vec<Said>) {
+        for said in &joins {
+            let topic = topic_of(said);
+            if let Some(old) = self.leave(topic) {
+                self.end(&old, topic);
+            }
         }
-        let join_ref = said.join_ref.clone().or_else(|| said.reference.clone());
-        let response = match self.joined(topic, join_ref.clone(), &said.payload).await {
+        let joined = joins
+            .iter()
+            .map(|said| self.joined(topic_of(said), join_ref(said), &said.payload));
+        let joined = join_all(joined).await;
+        for (said, joined) in joins.iter().zip(joined) {
+            self.answer_join(said, joined);
+        }
+    }
+
+    fn answer_join(&mut self, said: &Said, joined: Result<Channel, String>) {
+        let response = match joined {
             Ok(channel) => {
-                self.channels.insert(topic.to_owned(), channel);
+                self.channels.insert(topic_of(said).to_owned(), channel);
                 ("ok", json!({ "postgres_changes": [] }))
             }
             Err(reason) => {
@@ -293,9 +335,10 @@ impl Connection {
                 ("error", json!({ "reason": reason }))
             }
         };
+        let (join_ref, reference) = (join_ref(said), said.reference.as_deref());
         self.reply(
             join_ref.as_deref(),
-            said.reference.as_deref(),
+            reference,
             &said.topic,
             response.0,
             &response.1,
@@ -303,7 +346,7 @@ impl Connection {
         // realtime-js up to 2.11 sends a join that was under way when its socket broke, and all later ones of that channel, without
         // a ref (`Push.resend`). It can't tell the answer, and at its next try takes itself for a second channel of the topic and
         // leaves. An error it can tell: a channel that has failed hears what is broadcast, and only joins again, now and then.
-        if said.reference.as_deref() == Some("") {
+        if reference == Some("") {
             let answer = self.version.write(
                 join_ref.as_deref(),
                 None,
@@ -437,18 +480,30 @@ impl Connection {
             (channel.due(now) <= now || channel.held.until.is_some()).then(|| topic.clone())
         };
         let topics: Vec<String> = self.channels.iter().filter_map(due).collect();
+        let mut repeated = Vec::new();
         for topic in topics {
-            self.look_at(&topic, now).await;
+            if self.look_at(&topic, now).await {
+                repeated.push(topic);
+            }
+        }
+        let again = repeated
+            .iter()
+            .map(|topic| self.subscriber.follow(topic, 0));
+        for (topic, again) in repeated.iter().zip(join_all(again).await) {
+            if again.is_err() {
+                self.rejoin(topic);
+            }
         }
     }
 
-    async fn look_at(&mut self, topic: &str, now: Instant) {
+    /// `true`: what it was told is to be told again.
+    async fn look_at(&mut self, topic: &str, now: Instant) -> bool {
         let Some(channel) = self.channels.get_mut(topic) else {
-            return;
+            return false;
         };
         if channel.expires_at.is_some_and(|at| at <= now) {
             self.expel(topic, "Token has expired 0 seconds ago");
-            return;
+            return false;
         }
         if channel.check_at <= now {
             channel.check_at = self.state.sight.next_check();
@@ -465,11 +520,11 @@ impl Connection {
                 Ok(true) => {}
                 Ok(false) => {
                     self.expel(topic, "Unauthorized: the role may not see this any more");
-                    return;
+                    return false;
                 }
                 Err(DbError::Role(message)) => {
                     self.expel(topic, &format!("Unauthorized: {message}"));
-                    return;
+                    return false;
                 }
                 // Nobody can say: a database that is away tells no events either.
                 Err(_unknown) => {
@@ -481,7 +536,7 @@ impl Connection {
             }
         }
         let Some(channel) = self.channels.get_mut(topic) else {
-            return;
+            return false;
         };
         let answered = channel
             .run
@@ -494,15 +549,14 @@ impl Connection {
             self.release(topic);
         }
         let Some(channel) = self.channels.get_mut(topic) else {
-            return;
+            return false;
         };
-        if channel.repeat_at.is_some_and(|at| at <= now) {
+        let repeats = channel.repeat_at.is_some_and(|at| at <= now);
+        if repeats {
             channel.repeat_at = None;
             channel.repeated = true;
-            if self.subscriber.follow(topic, 0).await.is_err() {
-                self.rejoin(topic);
-            }
         }
+        repeats
     }
 
     /// What waited goes out, and once more a little later: the answer may be slower on its own socket than these on theirs.
@@ -649,6 +703,19 @@ impl Connection {
             .write(join_ref, join_ref, &topic, "phx_close", &json!({}));
         self.out.push_back(message);
     }
+}
+
+fn is_small(heard: &Heard) -> bool {
+    matches!(heard, Some(Ok(Message::Text(text))) if text.len() <= SMALL)
+}
+
+/// Without `realtime:`.
+fn topic_of(said: &Said) -> &str {
+    said.topic.strip_prefix("realtime:").unwrap_or_default()
+}
+
+fn join_ref(said: &Said) -> Option<String> {
+    said.join_ref.clone().or_else(|| said.reference.clone())
 }
 
 fn system_error(topic: &str, reason: &str) -> Value {
