@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::support::chance::{Chance, Stretch, seed};
 use crate::support::pg::{TestDb, fresh_database};
-use crate::support::proxy::{PATIENCE, Proxy, text, try_text};
+use crate::support::proxy::{PATIENCE, Proxy, connect, text, try_text};
 use crate::support::raw::{
     Frame, PROTOCOL_3_0, Raw, bind_text, error_code, execute, extended, parse, query, startup,
     sync, transcript,
@@ -110,11 +110,7 @@ impl Books<'_> {
 async fn run(scene: Scene) {
     let seed = seed();
     let db = fresh_database().await;
-    let direct = db.connect().await;
-    direct
-        .batch_execute("set application_name = 'direct'")
-        .await
-        .unwrap();
+    let direct = direct(&db).await;
     let user = set_up(&db, &direct, scene.work).await;
     let proxy = Proxy::without_replica(&db, |config| {
         config.pool.size = scene.servers.try_into().unwrap();
@@ -182,14 +178,15 @@ async fn set_up(db: &TestDb, direct: &Client, work: Work) -> String {
     }
 }
 
+/// Past the proxy. Named before anybody could kill it for want of a name.
+async fn direct(db: &TestDb) -> Client {
+    connect(&format!("{}?application_name=direct", db.primary_url)).await
+}
+
 /// Sends through the proxy, and one in four behind its back.
 async fn send(db: &TestDb, books: &Books<'_>, mut chance: Chance) {
     let through = books.proxy.connect().await;
-    let direct = db.connect().await;
-    direct
-        .batch_execute("set application_name = 'direct'")
-        .await
-        .unwrap();
+    let direct = direct(db).await;
     let stretch = Stretch::of(40);
     let mut round = 0;
     while stretch.has(round) {
@@ -221,11 +218,7 @@ async fn send(db: &TestDb, books: &Books<'_>, mut chance: Chance) {
 
 /// The longest that a message could have been read and was not, in seconds.
 async fn watch(db: &TestDb, books: &Books<'_>) -> f64 {
-    let direct = db.connect().await;
-    direct
-        .batch_execute("set application_name = 'direct'")
-        .await
-        .unwrap();
+    let direct = direct(db).await;
     let overdue = "select coalesce(max(extract(epoch from clock_timestamp() - vt)), 0) from pgmq.q_work where vt < clock_timestamp()";
     let mut longest = 0_f64;
     while !books.all_done() {
@@ -241,11 +234,7 @@ async fn watch(db: &TestDb, books: &Books<'_>) -> f64 {
 
 /// Ends a server that is lent or idle, every now and then. Returns how many.
 async fn kill(db: &TestDb, books: &Books<'_>, mut chance: Chance) -> usize {
-    let direct = db.connect().await;
-    direct
-        .batch_execute("set application_name = 'direct'")
-        .await
-        .unwrap();
+    let direct = direct(db).await;
     let which = [
         "and state = 'active'",
         "and state like 'idle in%'",
