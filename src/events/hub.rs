@@ -1142,7 +1142,11 @@ impl Hub {
             match mailbox.lock().offer_ordinary(*stream, &frame) {
                 Offered::Queued => queued += 1,
                 Offered::Cut => slow.push(Arc::clone(mailbox)),
-                Offered::Skipped | Offered::Gap | Offered::Veiled | Offered::Denied => {}
+                Offered::Skipped
+                | Offered::Behind
+                | Offered::Gap
+                | Offered::Veiled
+                | Offered::Denied => {}
             }
         }
         self.common.metrics.deliveries.add(queued);
@@ -1169,12 +1173,13 @@ impl Hub {
             .then_some(&state.all)
             .into_iter()
             .flatten();
-        let (mut queued, mut gaps) = (0, 0);
+        let (mut queued, mut behind, mut gaps) = (0, 0, 0);
         let (mut veiled, mut denied) = (Vec::new(), Vec::new());
         for (stream, mailbox) in run.chain(flow).chain(all) {
             let mut inbox = mailbox.lock();
             match inbox.offer_event(*stream, &mut frames) {
                 Offered::Queued => queued += 1,
+                Offered::Behind => behind += 1,
                 Offered::Gap => gaps += 1,
                 Offered::Skipped | Offered::Cut => {}
                 Offered::Veiled => {
@@ -1188,6 +1193,7 @@ impl Hub {
             .metrics
             .deliveries
             .add(queued + veiled.len() as u64);
+        self.common.metrics.behind.add(behind);
         self.common.metrics.gaps.add(gaps);
         for (stream, mailbox) in denied {
             self.count_end(state.end(stream, &mailbox));

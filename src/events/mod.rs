@@ -59,6 +59,8 @@ pub(crate) struct EventMetrics {
     pub(crate) deliveries: Arc<Counter>,
     pub(crate) cuts_slow: Arc<Counter>,
     pub(crate) cuts_lost: Arc<Counter>,
+    /// Streams of a run whose reader was too slow: what it missed waits in the outbox.
+    pub(crate) behind: Arc<Counter>,
     pub(crate) gaps: Arc<Counter>,
     pub(crate) wakeups: Arc<Counter>,
     pub(crate) observed: Arc<Counter>,
@@ -92,6 +94,10 @@ impl EventMetrics {
             ),
             cuts_slow: cut("too_slow"),
             cuts_lost: cut("listener_lost"),
+            behind: counter(
+                "flowgate_event_behind_total",
+                "Streams whose reader fell behind and is told from the outbox.",
+            ),
             gaps: counter(
                 "flowgate_event_gaps_total",
                 "Gap markers queued for a subscriber.",

@@ -410,6 +410,8 @@ pub(super) enum Offered {
     Queued,
     /// Already had, or to be read from the outbox later.
     Skipped,
+    /// There is no room: it and what follows will be read from the outbox.
+    Behind,
     /// A gap marker was queued in its place.
     Gap,
     /// The reader is too slow and has been cut.
@@ -777,7 +779,7 @@ impl Inbox {
                 stream.last_seq = last_seq;
                 let phase = Phase::Paging(Paging::First(Why::FellBehind));
                 turn(&mut self.paging, stream, phase);
-                Offered::Skipped
+                Offered::Behind
             }
             // Of a run: a signal before the first event that counts, so that nobody knows where to page from.
             (Target::Run { .. } | Target::Flow(_) | Target::All | Target::Ordinary(_), _) => {
@@ -1485,7 +1487,8 @@ mod tests {
         let mut inbox = inbox(8);
         inbox.add(1, "c", run(), Begin::Now, None);
         for seq in 1..=12 {
-            offer(&mut inbox, 1, seq, Some(seq));
+            let offered = offer(&mut inbox, 1, seq, Some(seq));
+            assert_eq!(offered == Offered::Behind, seq == 9, "once");
         }
         assert_eq!(drain(&mut inbox), "1 2 3 4 5 6 7 8");
         serve(&mut inbox, 1, kept(1, 12), 100);

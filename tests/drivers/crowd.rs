@@ -205,13 +205,20 @@ async fn gather(
     }
     told.extend(join_all(slow.into_iter().map(Follower::verdict)).await);
 
+    let mut note = String::new();
     match fault {
         Fault::Nothing => {
             for verdict in &told {
                 verdict.listened_on();
             }
         }
-        Fault::PrimaryRestarted | Fault::SlowReaders => {}
+        Fault::PrimaryRestarted => {}
+        // Sockets hold a part; the rest waited in the outbox, for LISTEN drivers at least.
+        Fault::SlowReaders => {
+            let behind = proxy.metric("flowgate_event_behind_total").await;
+            assert!(behind > 0, "no reader was slow enough");
+            write!(note, "\n  fell behind {behind} times").unwrap();
+        }
         // The last one may have gone when nobody was left to follow.
         Fault::ListenerKilled => {
             let lost = proxy.metric("flowgate_event_listener_lost_total").await;
@@ -223,7 +230,7 @@ async fn gather(
             }
         }
     }
-    told.iter().fold(String::new(), |mut lines, verdict| {
+    told.iter().fold(note, |mut lines, verdict| {
         let slow = if verdict.slow { " (slow)" } else { "" };
         write!(lines, "\n  {}{slow}: {}", verdict.name, verdict.met).unwrap();
         lines
