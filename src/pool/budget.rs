@@ -1,22 +1,25 @@
 //! What one upstream bears over all its pools: how many servers at once, how many logging in, and with `shed.adaptive` how
-//! many at work. Whoever finds no room waits in its own pool; the pools that starve so stand here in a line, and room that
-//! comes free is offered along it. Called by `checkout.rs` and `pools.rs`.
+//! many at work. Whoever finds no room, or no turn, waits in its own pool; the pools that lack one stand here in a line for it, and
+//! what comes free is offered along it: room to those first whose clients have waited longest, a turn to whose next is worth most,
+//! then to who has fewest servers. Called by `checkout.rs` and `pools.rs`.
 //!
 //! At work is a server from when it is lent until its client has the answer, or gives it back. What a client keeps beyond that
-//! (transactions, pins, LISTEN) is at work no more, whatever it asks on: it could neither be refused nor made to wait.
+//! (transactions, pins, LISTEN) is at work no more, whatever it asks on: it could neither be refused nor made to wait. Nor is what has
+//! been at work for long (`limiter::Ages`).
 //!
 //! Locks: a pool's books first, the budget second, never the other way round. INVARIANT: a `Room` or `Turn` is never dropped under
 //! either, since its drop offers the room to the next pool.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::cmp::Reverse;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::checkout::{Pool, lock};
-use super::limiter::{Found, Limiter};
-use super::shelf::Rooms;
+use super::limiter::{Ages, Found, Limiter};
+use super::shelf::{IN_TURN, Rooms};
 use crate::config;
 
 /// An adaptive limit is never lower.
@@ -25,29 +28,28 @@ const FLOOR: usize = 4;
 /// One upstream's.
 pub(crate) struct Budget {
     state: Mutex<State>,
-    /// Pools in line: a glance without the lock.
-    starving: AtomicUsize,
+    /// Pools in each line: a glance without the lock. Whoever frees something looks for pools in line, and who gets in line looks for
+    /// what was freed: sequentially consistent, or both might miss the other.
+    waiting: [AtomicUsize; 2],
     adaptive: Option<Adaptive>,
+}
+
+/// What a pool stands in line for.
+#[derive(Clone, Copy)]
+enum Line {
+    Room,
+    Turn,
 }
 
 /// With `shed.adaptive`.
 struct Adaptive {
     limiter: Mutex<Limiter>,
-    /// The limiter's, and `extra`.
+    ages: Mutex<Ages>,
     limit: AtomicUsize,
-    /// Whoever ends a turn looks for pools in line, and who gets in line looks for a turn that ended: sequentially consistent,
-    /// with the limit and the line's length, or both might miss the other.
+    /// As `ages` has it.
     at_work: AtomicUsize,
-    /// Turns ever taken, for `tick`.
-    turns: AtomicU64,
-    overdue: Mutex<Overdue>,
-}
-
-/// Requests that take long may hold all of a low limit: where nobody has had a turn for a whole tick, one more is let in.
-#[derive(Default)]
-struct Overdue {
-    turns: u64,
-    extra: usize,
+    /// Turns that were offered along the line.
+    granted: AtomicUsize,
 }
 
 /// How an upstream's adaptive limit stands.
@@ -57,36 +59,17 @@ pub(crate) struct Adapted {
 }
 
 /// A server is at work, or being opened for somebody.
-pub(super) struct Turn(Arc<Budget>);
-
-/// Who has the next turn.
-#[derive(Clone, Copy)]
-pub(super) enum Next {
-    /// There is no bound, or it is not reached.
-    Anybody,
-    /// Nobody: more are at work than should be.
-    Nobody,
-    /// Whoever waits for longest; in another pool somebody has since then.
-    Since(Instant),
-}
-
-impl Next {
-    /// `own`: since when the first here waits.
-    pub(super) fn is_own(self, own: Option<Instant>) -> bool {
-        match self {
-            Self::Anybody => true,
-            Self::Nobody => false,
-            Self::Since(rival) => own.is_some_and(|own| own <= rival),
-        }
-    }
+pub(super) struct Turn {
+    budget: Arc<Budget>,
+    began: u64,
 }
 
 struct State {
     open: usize,
     connecting: usize,
     bounds: Bounds,
-    /// Pools that starve, in no order: who has waited longest is looked up when there is room.
-    line: Vec<Weak<Pool>>,
+    /// Pools that lack room, and a turn, in no order: who is next is looked up when there is one.
+    lines: [Vec<Weak<Pool>>; 2],
     pools: Vec<Weak<Pool>>,
 }
 
@@ -145,9 +128,9 @@ impl Adaptive {
         Self {
             limit: AtomicUsize::new(limiter.limit()),
             limiter: Mutex::new(limiter),
+            ages: Mutex::default(),
             at_work: AtomicUsize::new(0),
-            turns: AtomicU64::new(0),
-            overdue: Mutex::default(),
+            granted: AtomicUsize::new(0),
         }
     }
 
@@ -155,20 +138,23 @@ impl Adaptive {
         self.at_work.load(Ordering::SeqCst)
     }
 
-    /// How many more may be at work, or how many are too many.
-    fn spare(&self) -> isize {
-        self.limit
-            .load(Ordering::SeqCst)
-            .wrapping_sub(self.at_work())
-            .cast_signed()
+    fn is_full(&self) -> bool {
+        self.at_work() >= self.limit.load(Ordering::SeqCst)
     }
 
     /// Has the limiter do something. `true`: more may be at work than before.
     fn adapt(&self, change: impl FnOnce(&mut Limiter)) -> bool {
         let mut limiter = lock(&self.limiter);
         change(&mut limiter);
-        let limit = limiter.limit() + lock(&self.overdue).extra;
+        let limit = limiter.limit();
         self.limit.swap(limit, Ordering::SeqCst) < limit
+    }
+
+    fn age<T>(&self, change: impl FnOnce(&mut Ages) -> T) -> T {
+        let mut ages = lock(&self.ages);
+        let changed = change(&mut ages);
+        self.at_work.store(ages.young(), Ordering::SeqCst);
+        changed
     }
 }
 
@@ -180,19 +166,24 @@ impl Budget {
                 open: 0,
                 connecting: 0,
                 bounds: Bounds::of(settings),
-                line: Vec::new(),
+                lines: Default::default(),
                 pools: Vec::new(),
             }),
-            starving: AtomicUsize::new(0),
+            waiting: Default::default(),
         }
     }
 
     /// This pool opens servers here.
     pub(super) fn join(&self, pool: &Arc<Pool>) {
-        let mut state = self.lock();
-        state.pools.retain(|pool| pool.strong_count() > 0);
-        state.pools.push(Arc::downgrade(pool));
-        self.resize_limit(&state);
+        let raised = {
+            let mut state = self.lock();
+            state.pools.retain(|pool| pool.strong_count() > 0);
+            state.pools.push(Arc::downgrade(pool));
+            self.resize_limit(&state)
+        };
+        if raised {
+            self.serve();
+        }
     }
 
     /// From now on. What is open stays, until it comes back.
@@ -205,45 +196,51 @@ impl Budget {
         self.serve();
     }
 
-    fn resize_limit(&self, state: &State) {
-        if let Some(adaptive) = &self.adaptive {
+    /// `true`: more may be at work than before.
+    fn resize_limit(&self, state: &State) -> bool {
+        self.adaptive.as_ref().is_some_and(|adaptive| {
             let ceiling = state.bounds.ceiling(state.pools.len());
-            adaptive.adapt(|limiter| limiter.resize(FLOOR, ceiling));
-        }
+            adaptive.adapt(|limiter| limiter.resize(FLOOR, ceiling))
+        })
     }
 
     // ---- With an adaptive limit. ----
 
-    /// A server goes to work. Looked at before, by `is_full`: two at a time may find the same room, and are one too many for once.
+    /// A server goes to work. Looked at before, by `is_full`: as many as look at once may find the same room, and are too many for once.
     pub(super) fn turn(self: &Arc<Self>) -> Option<Turn> {
         let adaptive = self.adaptive.as_ref()?;
-        adaptive.at_work.fetch_add(1, Ordering::SeqCst);
-        adaptive.turns.fetch_add(1, Ordering::Relaxed);
-        Some(Turn(Arc::clone(self)))
+        Some(Turn {
+            budget: Arc::clone(self),
+            began: adaptive.age(Ages::begin),
+        })
     }
 
     /// As many are at work as may be.
     pub(super) fn is_full(&self) -> bool {
-        self.adaptive
-            .as_ref()
-            .is_some_and(|adaptive| adaptive.spare() <= 0)
+        self.adaptive.as_ref().is_some_and(Adaptive::is_full)
     }
 
-    /// Who has the turn of a server of `pool`'s that comes back, and still counts. Locks other pools' books.
-    pub(super) fn next_turn(&self, pool: &Arc<Pool>) -> Next {
+    /// Whether a server of `pool`'s that comes back may go to the next there, at once. `turn`: it has one.
+    pub(super) fn hands_on(&self, pool: &Arc<Pool>, turn: Option<&Turn>) -> bool {
         let Some(adaptive) = &self.adaptive else {
-            return Next::Anybody;
+            return true;
         };
-        match adaptive.spare() {
-            1.. => Next::Anybody,
-            0 => self.rival_in_line(pool).map_or(Next::Anybody, Next::Since),
-            _ => Next::Nobody,
+        let own = turn.is_some_and(Turn::counts);
+        let limit = adaptive.limit.load(Ordering::SeqCst) + usize::from(own);
+        if adaptive.at_work() >= limit {
+            return false;
         }
+        if self.waiting[Line::Turn as usize].load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        self.lock().lines[Line::Turn as usize]
+            .iter()
+            .all(|other| is(other, pool))
     }
 
     /// `pool` has waiters and nobody has a turn left for them. It gets in line. `true`: there is one by now.
     pub(super) fn queue(&self, pool: &Arc<Pool>) -> bool {
-        self.get_in_line(&mut self.lock(), pool);
+        self.get_in_line(&mut self.lock(), Line::Turn, pool);
         !self.is_full()
     }
 
@@ -254,32 +251,20 @@ impl Budget {
         };
         let at_work = adaptive.at_work();
         if adaptive.adapt(|limiter| limiter.sample(took, at_work, now)) {
-            self.serve();
+            self.serve_turns();
         }
     }
 
-    /// Each second.
+    /// Each `limiter::TICK`.
     pub(super) fn tick(&self, now: Instant) {
         let Some(adaptive) = &self.adaptive else {
             return;
         };
-        {
-            let mut overdue = lock(&adaptive.overdue);
-            let turns = adaptive.turns.load(Ordering::Relaxed);
-            let moved = turns != std::mem::replace(&mut overdue.turns, turns);
-            let waited_for = self.starving.load(Ordering::Relaxed) > 0;
-            overdue.extra = match (waited_for, moved) {
-                (true, false) => overdue.extra + 1,
-                // No more than are at work beyond the limit.
-                _ => {
-                    let limit = adaptive.limit.load(Ordering::SeqCst) - overdue.extra;
-                    overdue.extra.min(adaptive.at_work().saturating_sub(limit))
-                }
-            };
-        }
-        if adaptive.adapt(|limiter| limiter.tick(now)) {
-            self.serve();
-        }
+        adaptive.age(Ages::tick);
+        let waited_for = self.waiting[Line::Turn as usize].load(Ordering::SeqCst) > 0;
+        let at_work = adaptive.at_work();
+        adaptive.adapt(|limiter| limiter.tick(at_work, waited_for, now));
+        self.serve_turns();
     }
 
     /// `None`: it is not adaptive.
@@ -293,17 +278,19 @@ impl Budget {
 
     // ---- Who waits. ----
 
-    /// Where it is, and has been, it stays.
-    fn get_in_line(&self, state: &mut State, pool: &Arc<Pool>) {
-        if !state.line.iter().any(|known| is(known, pool)) {
-            state.line.push(Arc::downgrade(pool));
-            self.starving.store(state.line.len(), Ordering::SeqCst);
+    /// Where it is, it stays.
+    fn get_in_line(&self, state: &mut State, line: Line, pool: &Arc<Pool>) {
+        let pools = &mut state.lines[line as usize];
+        if !pools.iter().any(|known| is(known, pool)) {
+            pools.push(Arc::downgrade(pool));
+            self.waiting[line as usize].store(pools.len(), Ordering::SeqCst);
         }
     }
 
-    fn leave_line(&self, state: &mut State, leaves: impl Fn(&Weak<Pool>) -> bool) {
-        state.line.retain(|pool| !leaves(pool));
-        self.starving.store(state.line.len(), Ordering::SeqCst);
+    fn leave_line(&self, state: &mut State, line: Line, leaves: impl Fn(&Weak<Pool>) -> bool) {
+        let pools = &mut state.lines[line as usize];
+        pools.retain(|pool| !leaves(pool));
+        self.waiting[line as usize].store(pools.len(), Ordering::SeqCst);
     }
 
     pub(super) fn load(&self) -> Load {
@@ -313,7 +300,7 @@ impl Budget {
             connecting: state.connecting,
             open_max: (state.bounds.open < usize::MAX).then_some(state.bounds.open),
             connecting_max: state.bounds.connecting,
-            starving: state.line.len(),
+            starving: state.lines[Line::Room as usize].len(),
         }
     }
 
@@ -321,7 +308,7 @@ impl Budget {
     /// pool's makes room. `true`: there is room by now.
     pub(super) fn starve(&self, pool: &Arc<Pool>) -> bool {
         let mut state = self.lock();
-        self.get_in_line(&mut state, pool);
+        self.get_in_line(&mut state, Line::Room, pool);
         if state.has_room() {
             return true;
         }
@@ -348,23 +335,16 @@ impl Budget {
 
     /// Since when somebody waits in another pool than this one for a server to be closed. Locks other pools' books.
     pub(super) fn rival_since(&self, pool: &Arc<Pool>) -> Option<Instant> {
-        if self.starving.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
-        if self.lock().open_spare() > 0 {
-            return None;
-        }
-        self.rival_in_line(pool)
-    }
-
-    /// Since when somebody waits in another pool that is in line. Locks other pools' books.
-    fn rival_in_line(&self, pool: &Arc<Pool>) -> Option<Instant> {
-        if self.starving.load(Ordering::Relaxed) == 0 {
+        if self.waiting[Line::Room as usize].load(Ordering::Relaxed) == 0 {
             return None;
         }
         let rivals: Vec<_> = {
             let state = self.lock();
-            let others = state.line.iter().filter(|other| !is(other, pool));
+            if state.open_spare() > 0 {
+                return None;
+            }
+            let line = &state.lines[Line::Room as usize];
+            let others = line.iter().filter(|other| !is(other, pool));
             others.filter_map(Weak::upgrade).collect()
         };
         rivals
@@ -373,34 +353,92 @@ impl Budget {
             .min()
     }
 
-    /// Offers what room there is to the pools in line, those first whose clients have waited longest.
+    /// Offers what there is to the pools in line.
     pub(super) fn serve(&self) {
-        // Each pool at most once: one that goes on starving is back in line, and not to be asked for ever. The line is never
-        // away while they are asked: whoever frees something meanwhile has to find it.
+        self.serve_room();
+        self.serve_turns();
+    }
+
+    /// Room for more servers, to those first whose clients have waited longest. Where as many are at work as may be they are in line for
+    /// a turn from now on.
+    fn serve_room(&self) {
+        // Each pool at most once: one that goes on starving is back in line, and not to be asked for ever.
         let mut asked = Vec::new();
-        while self.starving.load(Ordering::SeqCst) > 0 && !self.is_full() {
-            let line = {
-                let mut state = self.lock();
-                // A login is enough for a pool that replaces a server, a turn for one whose servers are idle.
-                if state.connecting >= state.bounds.connecting && self.adaptive.is_none() {
-                    return;
-                }
-                self.leave_line(&mut state, |pool| pool.strong_count() == 0);
-                state.line.clone()
-            };
-            let next = line
-                .iter()
-                .filter_map(Weak::upgrade)
-                .filter(|pool| !asked.contains(&Arc::as_ptr(pool)))
-                .min_by_key(|pool| {
-                    let since = pool.waiting_since();
-                    (since.is_none(), since)
-                });
-            let Some(next) = next else { return };
-            self.leave_line(&mut self.lock(), |pool| is(pool, &next));
+        // A login is enough for a pool that replaces a server.
+        let can_open = |state: &State| state.connecting < state.bounds.connecting;
+        let by_age = |pool: &Arc<Pool>| {
+            let since = pool.waiting_since();
+            (since.is_none(), since)
+        };
+        while let Some(next) = self.next_in_line(Line::Room, can_open, &asked, by_age) {
             asked.push(Arc::as_ptr(&next));
             next.offer_room();
         }
+    }
+
+    /// Turns, one by one: each to whose next is worth most, then to who has fewest servers, then to who has waited longest; one in so
+    /// many to whoever has waited longest, that nobody waits for ever.
+    fn serve_turns(&self) {
+        let Some(adaptive) = &self.adaptive else {
+            return;
+        };
+        let mut asked = Vec::new();
+        while !self.is_full() {
+            let nth = adaptive.granted.load(Ordering::Relaxed) as u64 + 1;
+            let by_age = nth.is_multiple_of(IN_TURN);
+            let Some(next) = self.next_in_line(
+                Line::Turn,
+                |_| true,
+                &asked,
+                |pool| {
+                    let claim = pool.claim();
+                    let worth = claim.filter(|_| !by_age).map(|claim| claim.worth());
+                    let since = match by_age {
+                        true => pool.waiting_since(),
+                        false => claim.map(|claim| claim.since),
+                    };
+                    (since.is_none(), worth.map(Reverse), since)
+                },
+            ) else {
+                return;
+            };
+            if next.offer_next() {
+                adaptive.granted.fetch_add(1, Ordering::Relaxed);
+                if next.waiting_since().is_some() {
+                    self.get_in_line(&mut self.lock(), Line::Turn, &next);
+                }
+            } else {
+                asked.push(Arc::as_ptr(&next));
+            }
+        }
+    }
+
+    /// Takes the first pool that was not `asked` from its line. The others stay: whoever frees something meanwhile has to find them.
+    fn next_in_line<K: Ord>(
+        &self,
+        line: Line,
+        is_any_use: impl Fn(&State) -> bool,
+        asked: &[*const Pool],
+        key: impl Fn(&Arc<Pool>) -> K,
+    ) -> Option<Arc<Pool>> {
+        if self.waiting[line as usize].load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let pools = {
+            let mut state = self.lock();
+            if !is_any_use(&state) {
+                return None;
+            }
+            self.leave_line(&mut state, line, |pool| pool.strong_count() == 0);
+            state.lines[line as usize].clone()
+        };
+        let next = pools
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|pool| !asked.contains(&Arc::as_ptr(pool)))
+            .min_by_key(key)?;
+        self.leave_line(&mut self.lock(), line, |pool| is(pool, &next));
+        Some(next)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -458,12 +496,20 @@ impl Rooms for Ask<'_> {
     }
 }
 
+impl Turn {
+    /// It is not so old that it counts no more.
+    fn counts(&self) -> bool {
+        let adaptive = self.budget.adaptive.as_ref();
+        adaptive.is_some_and(|adaptive| lock(&adaptive.ages).counts(self.began))
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
-        if let Some(adaptive) = &self.0.adaptive {
-            adaptive.at_work.fetch_sub(1, Ordering::SeqCst);
+        if let Some(adaptive) = &self.budget.adaptive {
+            adaptive.age(|ages| ages.end(self.began));
         }
-        self.0.serve();
+        self.budget.serve_turns();
     }
 }
 

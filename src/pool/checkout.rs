@@ -22,7 +22,7 @@ use super::budget::{Ask, Budget, Place, Room, Turn};
 use super::reset::{self, Clean, ResetError};
 pub(crate) use super::shelf::Counts;
 pub(crate) use super::shelf::Rank;
-use super::shelf::{Bounds, ClientId, Lack, Offer, Put, Shelf, Shelved, Take};
+use super::shelf::{Asker, Bounds, Claim, ClientId, Lack, Offer, Put, Shelf, Shelved, Take};
 use super::stats::DatabaseStats;
 use crate::classify::Worth;
 use crate::config;
@@ -426,7 +426,7 @@ impl Pool {
             let server = books.shelf.take_ready(wish.client, wish.opening)?;
             (server, books.terms)
         };
-        let checkout = Checkout::new(server, self);
+        let checkout = Checkout::new(server, self, self.budget.turn());
         let idle = now.saturating_duration_since(checkout.idle_since);
         let trusted = idle < TRUSTED_IDLE;
         let checked = terms.server_check.is_none_or(|longest| idle <= longest);
@@ -448,6 +448,10 @@ impl Pool {
         now: Instant,
         alarm: &mut Alarm,
     ) -> Result<Checkout, CheckoutError> {
+        let asked = now;
+        let mut now = now;
+        // What it waited with, where what it got was no good.
+        let mut ticket = None;
         loop {
             let mut receiver = None;
             let (taken, terms, patience, granted) = {
@@ -458,54 +462,70 @@ impl Pool {
                     sender
                 };
                 let mut books = lock(&self.books);
-                let (client, kind) = (wish.client, wish.opening);
-                let taken = books
-                    .shelf
-                    .take(client, kind, wish.rank, now, &mut ask, wake);
-                let patience = books.patience(wish, now, &self.common.shed);
+                let asker = Asker {
+                    client: wish.client,
+                    kind: wish.opening,
+                    rank: wish.rank,
+                    since: asked,
+                    ticket,
+                };
+                let taken = books.shelf.take(&asker, &mut ask, wake);
+                let patience = books.patience(wish, asked, &self.common.shed);
                 (taken, books.terms, patience, books.shelf.granted())
             };
             match taken {
                 Take::Ready(server) => {
-                    let checkout = Checkout::new(server, self);
+                    let checkout = Checkout::new(server, self, self.budget.turn());
                     if let Some(checkout) = self.check(checkout, terms, now).await {
                         return Ok(checkout);
                     }
+                    now = Instant::now();
                 }
                 Take::Open(room) => {
-                    return Box::pin(self.open(Slot::new(self, room, None), wish)).await;
+                    let slot = Slot::new(self, room, None, self.budget.turn());
+                    return Box::pin(self.open(slot, wish)).await;
                 }
                 Take::Replace(old, room) => {
-                    return Box::pin(self.open(Slot::new(self, room, Some(old)), wish)).await;
+                    let slot = Slot::new(self, room, Some(old), self.budget.turn());
+                    return Box::pin(self.open(slot, wish)).await;
                 }
-                Take::Wait { ticket, lack } => {
+                Take::Wait {
+                    ticket: given,
+                    lack,
+                } => {
                     let receiver = receiver.expect("a wait comes with its receiver");
                     // However the wait ends, also by this future being dropped, the wish is taken back.
                     let wished = Wished {
                         pool: self,
-                        ticket: Some(ticket),
+                        ticket: Some(given),
                     };
                     self.stand_in_line(lack);
                     let elsewhere = wish.has_other || within.is_some();
                     let longest = within.unwrap_or(terms.checkout_timeout);
-                    let mut deadline = now + longest.min(terms.checkout_timeout);
+                    let mut deadline = asked + longest.min(terms.checkout_timeout);
                     if elsewhere {
                         deadline = deadline.min(patience.unwrap_or(deadline));
                     }
                     let until = Until {
                         deadline,
-                        reserve: terms.reserve_timeout.map(|patience| now + patience),
+                        reserve: terms.reserve_timeout.map(|patience| asked + patience),
                         look: patience.filter(|_| !elsewhere),
                         window: self.common.shed.window,
                         granted: Some(wish.granted.unwrap_or(granted)),
                     };
-                    self.common.counters.waited.inc();
+                    if ticket.is_none() {
+                        self.common.counters.waited.inc();
+                    }
                     return match wait(wished, receiver, until, alarm).await {
                         Ended::Granted(Grant::Server(checkout)) => Ok(checkout),
                         Ended::Granted(Grant::Idle(checkout)) => {
                             match self.check(checkout, terms, Instant::now()).await {
                                 Some(checkout) => Ok(checkout),
-                                None => continue,
+                                None => {
+                                    ticket = Some(given);
+                                    now = Instant::now();
+                                    continue;
+                                }
                             }
                         }
                         Ended::Granted(Grant::Slot(slot)) => Box::pin(self.open(slot, wish)).await,
@@ -514,7 +534,7 @@ impl Pool {
                             if !elsewhere {
                                 self.common.counters.timed_out.inc();
                             }
-                            Err(CheckoutError::TimedOut(deadline - now))
+                            Err(CheckoutError::TimedOut(deadline - asked))
                         }
                     };
                 }
@@ -575,7 +595,8 @@ impl Pool {
         match offer {
             Offer::Slot(waiter, room, _) => {
                 self.common.counters.reserve.inc();
-                drop(waiter.send(Grant::Slot(Slot::new(self, room, None))));
+                let slot = Slot::new(self, room, None, self.budget.turn());
+                drop(waiter.send(Grant::Slot(slot)));
             }
             Offer::Nothing | Offer::Starved | Offer::Full | Offer::Idle(..) => {}
         }
@@ -684,44 +705,52 @@ impl Pool {
         lock(&self.books).shelf.waiting_since()
     }
 
-    /// Whoever waits gets what may be opened now.
+    /// What it has to say for itself where turns are given out.
+    pub(super) fn claim(&self) -> Option<Claim> {
+        lock(&self.books).shelf.claim()
+    }
+
+    /// Whoever waits gets what there is now.
     pub(super) fn offer_room(self: &Arc<Self>) {
+        while self.offer_next() {}
+    }
+
+    /// The next of those who wait gets what there is now. `false`: nobody got anything.
+    pub(super) fn offer_next(self: &Arc<Self>) -> bool {
         loop {
             let offer = {
                 let mut ask = Ask(&self.budget);
                 lock(&self.books).shelf.offer(&mut ask)
             };
-            match offer {
-                Offer::Nothing => return,
-                Offer::Starved => {
-                    if !self.budget.starve(self) {
-                        return;
-                    }
-                }
-                Offer::Full => {
-                    if !self.budget.queue(self) {
-                        return;
-                    }
-                }
+            let again = match offer {
+                Offer::Nothing => false,
+                Offer::Starved => self.budget.starve(self),
+                Offer::Full => self.budget.queue(self),
                 Offer::Idle(server, waiter) => {
-                    let grant = Grant::Idle(Checkout::new(server, self));
+                    let grant = Grant::Idle(Checkout::new(server, self, self.budget.turn()));
                     if let Err(Grant::Idle(unwanted)) = waiter.send(grant) {
                         unwanted.put_back();
                     }
+                    return true;
                 }
                 // A grant that nobody takes is dropped here, and its drop gives the slot back.
                 Offer::Slot(waiter, room, old) => {
-                    drop(waiter.send(Grant::Slot(Slot::new(self, room, old))));
+                    let slot = Slot::new(self, room, old, self.budget.turn());
+                    drop(waiter.send(Grant::Slot(slot)));
+                    return true;
                 }
+            };
+            if !again {
+                return false;
             }
         }
     }
 
     /// Puts a server that is fit for anybody where it belongs.
-    fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>) {
+    fn put(self: &Arc<Self>, server: Box<Pooled>, owner: Option<ClientId>, turn: Option<&Turn>) {
         let now = server.conn.idle_since;
         let rival = self.budget.rival_since(self);
-        let next_turn = self.budget.next_turn(self);
+        let hands_on = self.budget.hands_on(self, turn);
         let mut waits = false;
         let put = {
             let mut books = lock(&self.books);
@@ -736,18 +765,16 @@ impl Pool {
             if unwanted {
                 Put::Close(server)
             } else {
-                let waiting_since = books.shelf.waiting_since();
-                let hands_on = next_turn.is_own(waiting_since);
-                waits = !hands_on && waiting_since.is_some();
+                waits = !hands_on && books.shelf.counts().waiting > 0;
                 books.shelf.put(server, owner, hands_on)
             }
         };
         match put {
-            // Its turn ends once it is dropped, and is offered along the line.
+            // Its turn, if it has one, ends after this, and is offered along the line.
             Put::Kept if waits => self.stand_in_line(Lack::Turn),
             Put::Kept => {}
             Put::Hand(server, waiter) => {
-                let grant = Grant::Server(Checkout::new(server, self));
+                let grant = Grant::Server(Checkout::new(server, self, self.budget.turn()));
                 if let Err(Grant::Server(unwanted)) = waiter.send(grant) {
                     unwanted.put_back();
                 }
@@ -802,7 +829,7 @@ impl Pool {
             .shelf
             .remove_idle(|server| matches!(peek(&server.conn), Peek::Speaks));
         for server in speaking {
-            let mut checkout = Checkout::new(server, self);
+            let mut checkout = Checkout::new(server, self, None);
             self.common.control.spawn(async move {
                 if let Ok(Ok(())) = timeout(CHECK_MAX, reset::absorb(&mut checkout)).await {
                     checkout.put_back();
@@ -835,7 +862,7 @@ impl Pool {
                 let mut ask = Ask(&pool.budget);
                 lock(&pool.books).shelf.reserve_slot(keep, &mut ask)
             } {
-                let slot = Slot::new(&pool, room, None);
+                let slot = Slot::new(&pool, room, None, None);
                 let wish = Wish {
                     client: 0,
                     opening: &opening,
@@ -1048,7 +1075,7 @@ struct Slot {
 
 impl Slot {
     /// `old`: the server to be closed for it, whose place it takes.
-    fn new(pool: &Arc<Pool>, room: Room, old: Option<Box<Pooled>>) -> Self {
+    fn new(pool: &Arc<Pool>, room: Room, old: Option<Box<Pooled>>, turn: Option<Turn>) -> Self {
         let replaced = old.map(|server| {
             pool.common.counters.closed.inc();
             server.hang_up()
@@ -1058,7 +1085,7 @@ impl Slot {
             pool: Arc::clone(pool),
             place: Some(place.expect("room for a server, or the place of one")),
             _connecting: room.connecting,
-            turn: pool.budget.turn(),
+            turn,
         }
     }
 
@@ -1090,11 +1117,11 @@ pub(crate) struct Checkout {
 }
 
 impl Checkout {
-    fn new(server: Box<Pooled>, pool: &Arc<Pool>) -> Self {
+    fn new(server: Box<Pooled>, pool: &Arc<Pool>, turn: Option<Turn>) -> Self {
         Self {
             server: Some(server),
             pool: Arc::clone(pool),
-            turn: pool.budget.turn(),
+            turn,
         }
     }
 
@@ -1121,13 +1148,13 @@ impl Checkout {
             .conn
             .record
             .note_statements(server.conn.statements.len());
-        self.pool.put(server, owner);
+        self.pool.put(server, owner, self.turn.as_ref());
     }
 
     /// A server nobody has touched since it was last proven clean goes back as it came.
     fn put_back(mut self) {
         if let Some(server) = self.server.take() {
-            self.pool.put(server, None);
+            self.pool.put(server, None, self.turn.as_ref());
         }
     }
 }

@@ -1,13 +1,14 @@
-//! How many of an upstream's servers should be at work at once, from how long requests take (`shed.adaptive`). A pure state
-//! machine: samples in, a limit out; no clock, no lock, no I/O. Called by `budget.rs`, which keeps to it.
+//! How many of an upstream's servers should be at work at once, from how long requests take (`shed.adaptive`). Pure state
+//! machines: samples in, a limit out; no clock, no lock, no I/O. Called by `budget.rs`, which keeps to it.
 //!
 //! As Gradient of github.com/Netflix/concurrency-limits: the limit is multiplied by how much longer than usual requests take,
 //! and given a little more each time, so that it settles where a short queue forms. "Usual" is what they take where few are at
 //! work. An average over a long time would follow an overload that lasts, until anything is usual; so, as Envoy's adaptive
-//! concurrency does, it is measured anew now and then: for some hundred milliseconds no more are let in than the floor.
+//! concurrency does, it is measured anew now and then: for some hundred milliseconds only half as many are let in, and the first
+//! time no more than the floor.
 //!
 //! What a window of samples took is their geometric mean: a few that take a thousand times as long as the others say nothing of
-//! how the server fares.
+//! how the server fares. Nor do such hold anybody back: what is at work for long counts no more (`Ages`).
 
 use std::time::Duration;
 
@@ -16,29 +17,56 @@ use tokio::time::Instant;
 /// A window lasts so long, and has so many samples, at least.
 const WINDOW: Duration = Duration::from_millis(100);
 const SAMPLES_MIN: u32 = 16;
+/// The same where it is measured what is usual: so many times what requests took lately, and so many.
+const MEASURED_TIMES: f64 = 4.0;
+const MEASURED_MIN: u32 = 8;
 /// Requests may take so many times as long as usual.
 const TOLERANCE: f64 = 1.3;
 /// How much of what a window says counts at once.
 const SMOOTHING: f64 = 0.2;
 /// One window takes no more than this share of the limit, before smoothing.
 const GRADIENT_MIN: f64 = 0.5;
+/// Where no more than so many times the floor are at work, that is what is usual.
+const FEW: f64 = 1.5;
+/// A window that was quicker than usual counts so much: it may have had other requests.
+const QUICKER: f64 = 0.05;
 /// What is usual is so old at most where many are at work.
 const USUAL_MAX: Duration = Duration::from_secs(30);
 /// So long it may take to measure it; what is known by then counts on.
 const MEASURING_MAX: Duration = Duration::from_secs(2);
+/// How often `tick` is to be called.
+pub(super) const TICK: Duration = Duration::from_millis(250);
+/// What the limit grows by in a tick while nobody waits and it is far from reached.
+const EASED: f64 = 1.025;
 
 #[derive(Debug)]
 pub(super) struct Limiter {
     limit: f64,
     floor: f64,
     ceiling: f64,
-    /// What a request takes where few are at work, in seconds, and when that was seen or looked for.
-    usual: Option<(f64, Instant)>,
-    /// What it took in the last window.
+    usual: Option<Usual>,
+    /// What it took in the last window, in seconds.
     lately: f64,
     window: Option<Window>,
-    /// Since when no more than the floor are let in, to see what is usual.
-    measuring: Option<Instant>,
+    measuring: Option<Measuring>,
+}
+
+/// What a request takes where few are at work.
+#[derive(Clone, Copy, Debug)]
+struct Usual {
+    /// In seconds.
+    took: f64,
+    /// When that was seen or looked for; `None`: it was many that were at work, for want of anything better.
+    seen: Option<Instant>,
+}
+
+/// No more than so many are let in, to see what is usual.
+#[derive(Clone, Copy, Debug)]
+struct Measuring {
+    limit: f64,
+    began: Instant,
+    /// Since when there are no more.
+    drained: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -83,24 +111,39 @@ impl Limiter {
     }
 
     pub(super) fn limit(&self) -> usize {
-        let limit = match self.measuring {
-            Some(_) => self.floor,
-            None => self.limit,
-        };
+        let limit = self.measuring.map_or(self.limit, |one| one.limit);
         // At most the ceiling, which was a `usize`.
-        limit as usize
+        limit.clamp(self.floor, self.ceiling) as usize
     }
 
     pub(super) fn found(&self) -> Found {
         Found {
             limit: self.limit(),
-            usual: self.usual.map(|(usual, _)| Duration::from_secs_f64(usual)),
+            usual: self.usual.map(|usual| Duration::from_secs_f64(usual.took)),
             lately: Duration::from_secs_f64(self.lately),
         }
     }
 
     /// A request that took so long has ended while so many were at work, itself among them.
     pub(super) fn sample(&mut self, took: Duration, at_work: usize, now: Instant) {
+        let at_work = at_work as f64;
+        let mut longest = WINDOW;
+        let mut least = SAMPLES_MIN;
+        if let Some(measuring) = &mut self.measuring {
+            if measuring.drained.is_none() && at_work <= measuring.limit + 1.0 {
+                measuring.drained = Some(now);
+                self.window = None;
+            }
+            // Of those that began while there were more, a part was spent among them.
+            let in_peace = measuring
+                .drained
+                .is_some_and(|drained| now.saturating_duration_since(drained) >= took);
+            if !in_peace {
+                return self.give_up_measuring(now);
+            }
+            longest = longest.max(Duration::from_secs_f64(self.lately * MEASURED_TIMES));
+            least = MEASURED_MIN;
+        }
         let window = self.window.get_or_insert(Window {
             began: now,
             samples: 0,
@@ -109,56 +152,82 @@ impl Limiter {
         });
         window.samples += 1;
         window.took += took.as_secs_f64().max(1e-6).ln();
-        window.at_work += at_work as f64;
+        window.at_work += at_work;
         let lasted = now.saturating_duration_since(window.began);
-        if lasted >= WINDOW && window.samples >= SAMPLES_MIN {
+        if lasted >= longest && window.samples >= least {
             let samples = f64::from(window.samples);
             let (took, at_work) = ((window.took / samples).exp(), window.at_work / samples);
             self.window = None;
             self.window_ended(took, at_work, now);
         }
-        self.tick(now);
+        self.give_up_measuring(now);
     }
 
-    /// Time has passed: whatever is at work may take too long to be measured.
-    pub(super) fn tick(&mut self, now: Instant) {
-        let began = self.measuring;
-        if began.is_some_and(|began| now.saturating_duration_since(began) >= MEASURING_MAX) {
+    /// Time has passed. `waited_for`: somebody waits for others to end their work.
+    pub(super) fn tick(&mut self, at_work: usize, waited_for: bool, now: Instant) {
+        self.give_up_measuring(now);
+        // Who comes after a quiet time finds nothing held back.
+        if self.measuring.is_none() && !waited_for && at_work as f64 <= self.limit / 2.0 {
+            self.limit = (self.limit * EASED + 0.25).min(self.ceiling);
+        }
+    }
+
+    /// Whatever is at work may take too long to be measured.
+    fn give_up_measuring(&mut self, now: Instant) {
+        let over = |one: &Measuring| now.saturating_duration_since(one.began) >= MEASURING_MAX;
+        if self.measuring.as_ref().is_some_and(over) {
             self.measuring = None;
             self.window = None;
-            self.usual = self.usual.map(|(usual, _)| (usual, now));
+            if let Some(usual) = &mut self.usual {
+                usual.seen = Some(now);
+            }
         }
     }
 
     fn window_ended(&mut self, took: f64, at_work: f64, now: Instant) {
         self.lately = took;
-        let few = at_work <= self.floor + 0.5;
-        if self.measuring.is_some() {
-            // The first windows have what was let in before.
-            if few {
-                self.usual = Some((took, now));
-                self.measuring = None;
-            }
+        if self.measuring.take().is_some() {
+            let seen = Some(now);
+            self.usual = Some(Usual { took, seen });
             return;
         }
-        let (usual, seen) = match self.usual {
-            None => (took, None),
-            Some((usual, _)) if few => ((usual + took) / 2.0, Some(now)),
-            Some((usual, seen)) => (usual + (took - usual).min(0.0) * 0.3, Some(seen)),
+        let few = at_work <= self.floor * FEW;
+        let usual = match self.usual {
+            None => Usual {
+                took,
+                seen: few.then_some(now),
+            },
+            Some(usual) if few => Usual {
+                took: (usual.took + took) / 2.0,
+                seen: Some(now),
+            },
+            Some(usual) => Usual {
+                took: usual.took + (took - usual.took).min(0.0) * QUICKER,
+                seen: usual.seen,
+            },
         };
-        self.usual = Some((usual, seen.unwrap_or(now)));
-        // It is not the limit that holds so few back, so how they fare says nothing of it; nor is it to stay low for ever.
-        if at_work < self.limit / 2.0 {
-            self.limit = (self.limit + 0.1).min(self.ceiling);
+        self.usual = Some(usual);
+        let age = |seen| now.saturating_duration_since(seen);
+        if !few && usual.seen.is_none_or(|seen| age(seen) >= USUAL_MAX) {
+            let limit = match usual.seen {
+                None => self.floor,
+                Some(_) => (self.limit.min(at_work) / 2.0).max(self.floor),
+            };
+            self.measuring = Some(Measuring {
+                limit,
+                began: now,
+                drained: None,
+            });
             return;
         }
-        let old = seen.is_none_or(|seen| now.saturating_duration_since(seen) >= USUAL_MAX);
-        if old && !few {
-            self.measuring = Some(now);
+        let gradient = (TOLERANCE * usual.took / took).clamp(GRADIENT_MIN, 1.0);
+        // What it does not hold back may be too much all the same; that all goes well says nothing of it then.
+        let reached = self.limit.min(at_work.max(self.floor));
+        if gradient >= 1.0 && reached < self.limit / 2.0 {
             return;
         }
-        let gradient = (TOLERANCE * usual / took).clamp(GRADIENT_MIN, 1.0);
-        let next = self.limit * gradient + self.limit.sqrt() / 2.0;
+        let from = if gradient < 1.0 { reached } else { self.limit };
+        let next = from * gradient + from.sqrt() / 2.0;
         let next = self.limit + (next - self.limit) * SMOOTHING;
         self.limit = next.clamp(self.floor, self.ceiling);
     }
@@ -168,6 +237,47 @@ impl Limiter {
 fn bounds(floor: usize, ceiling: usize) -> (f64, f64) {
     let ceiling = ceiling.max(1);
     (floor.clamp(1, ceiling) as f64, ceiling as f64)
+}
+
+/// What is at work, by age: what was so already two ticks ago counts no more. It waits for a lock, a client or a disk, or is
+/// large; and were it counted, a few of its kind would hold up all others.
+#[derive(Debug, Default)]
+pub(super) struct Ages {
+    tick: u64,
+    /// By the tick they began in, even or odd.
+    young: [usize; 2],
+    old: usize,
+}
+
+impl Ages {
+    /// The tick it is begun in.
+    pub(super) fn begin(&mut self) -> u64 {
+        self.young[(self.tick % 2) as usize] += 1;
+        self.tick
+    }
+
+    pub(super) fn end(&mut self, began: u64) {
+        if self.counts(began) {
+            self.young[(began % 2) as usize] -= 1;
+        } else {
+            self.old -= 1;
+        }
+    }
+
+    /// Whether what began then is counted.
+    pub(super) fn counts(&self, began: u64) -> bool {
+        began + 1 >= self.tick
+    }
+
+    pub(super) fn tick(&mut self) {
+        self.tick += 1;
+        self.old += std::mem::take(&mut self.young[(self.tick % 2) as usize]);
+    }
+
+    /// How many count.
+    pub(super) fn young(&self) -> usize {
+        self.young.iter().sum()
+    }
 }
 
 #[cfg(test)]
@@ -180,6 +290,8 @@ mod tests {
 
     struct Request {
         began: Instant,
+        /// The tick it began in.
+        tick: u64,
         /// Of a core, in seconds.
         needs: f64,
         /// Waits for something else until then.
@@ -192,11 +304,14 @@ mod tests {
         /// What each beyond the cores wastes of everybody's time.
         friction: f64,
         limiter: Limiter,
+        ages: Ages,
         now: Instant,
+        next_tick: Instant,
         seed: u64,
         at_work: Vec<Request>,
         /// Requests that want to be at work.
         demand: usize,
+        servers: usize,
         /// What a request needs of a core, in the mean.
         work: Duration,
         /// This share of them waits so long for something else.
@@ -205,14 +320,18 @@ mod tests {
 
     impl World {
         fn new(cores: usize, demand: usize) -> Self {
+            let now = Instant::now();
             Self {
                 cores: cores as f64,
                 friction: 0.01,
                 limiter: Limiter::new(FLOOR, CEILING),
-                now: Instant::now(),
+                ages: Ages::default(),
+                now,
+                next_tick: now + TICK,
                 seed: 0x5EED,
                 at_work: Vec::new(),
                 demand,
+                servers: CEILING,
                 work: Duration::from_millis(2),
                 long: (0.0, Duration::ZERO),
             }
@@ -233,6 +352,7 @@ mod tests {
             let waits = self.chance() < self.long.0;
             self.at_work.push(Request {
                 began: self.now,
+                tick: self.ages.begin(),
                 needs: self.work.as_secs_f64() * times,
                 until: if waits {
                     self.now + self.long.1
@@ -247,27 +367,35 @@ mod tests {
             let until = self.now + Duration::from_secs(seconds);
             let mut done = 0;
             while self.now < until {
-                while self.at_work.len() < self.demand.min(self.limiter.limit()) {
+                while self.at_work.len() < self.demand.min(self.servers)
+                    && self.ages.young() < self.limiter.limit()
+                {
                     self.begin();
                 }
                 let busy = self.at_work.iter().filter(|one| one.needs > 0.0).count() as f64;
                 let beyond = (busy - self.cores).max(0.0);
                 let share = (self.cores / busy).min(1.0) / (1.0 + self.friction * beyond);
                 self.now += STEP;
-                let (now, at_work) = (self.now, self.at_work.len());
+                let now = self.now;
                 for one in &mut self.at_work {
                     one.needs -= STEP.as_secs_f64() * share;
                 }
-                let limiter = &mut self.limiter;
+                let (limiter, ages) = (&mut self.limiter, &mut self.ages);
                 self.at_work.retain(|one| {
                     let ended = one.needs <= 0.0 && one.until <= now;
                     if ended {
                         done += 1;
-                        limiter.sample(now - one.began, at_work, now);
+                        limiter.sample(now - one.began, ages.young(), now);
+                        ages.end(one.tick);
                     }
                     !ended
                 });
-                limiter.tick(now);
+                if now >= self.next_tick {
+                    self.next_tick = now + TICK;
+                    ages.tick();
+                    let waited_for = self.demand.min(self.servers) > self.at_work.len();
+                    limiter.tick(ages.young(), waited_for, now);
+                }
                 assert!((FLOOR..=CEILING).contains(&limiter.limit()));
             }
             f64::from(done) / seconds as f64
@@ -358,11 +486,11 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_does_not_reach_it_is_not_held_back() {
-        for demand in [1, 3, 6, 30] {
+    fn a_load_that_the_server_bears_is_not_held_back() {
+        for demand in [1, 3, 6, 8] {
             let mut world = World::new(8, demand);
             world.run(300);
-            assert_eq!(world.limiter.limit(), CEILING, "{demand}");
+            assert_eq!(world.limit(), CEILING, "{demand}");
         }
         let mut limiter = Limiter::new(FLOOR, 20);
         limiter.resize(FLOOR, 40);
@@ -372,15 +500,95 @@ mod tests {
     }
 
     #[test]
+    fn one_that_the_server_does_not_bear_is_though_the_ceiling_be_far() {
+        let mut world = World::new(8, 30);
+        world.run(90);
+        let limit = world.limit();
+        assert!((7..=16).contains(&limit), "{limit}");
+    }
+
+    #[test]
+    fn it_is_forgotten_in_a_quiet_time() {
+        for demand in [0, 1] {
+            let mut world = World::new(8, 1_000);
+            world.run(60);
+            assert!(world.limit() <= 16);
+            world.demand = demand;
+            world.run(60);
+            assert_eq!(world.limit(), CEILING);
+        }
+    }
+
+    #[test]
+    fn what_is_blocked_holds_nobody_back_for_long() {
+        // All that is let in is blocked for a minute, as if by a lock; whoever comes then has not long to wait.
+        let mut world = World::new(8, 1_000);
+        world.run(60);
+        let (limit, before) = (world.limit(), world.run(20));
+        world.long = (1.0, Duration::from_secs(60));
+        world.demand = 40;
+        world.run(10);
+        assert_eq!(world.at_work.len(), 40, "at a limit of {limit}");
+        world.long = (0.0, Duration::ZERO);
+        world.demand = 1_000;
+        let rate = world.run(20);
+        assert!(rate > before * 0.8, "{rate}, {before} before");
+        // Nor has it left anything behind.
+        world.run(60);
+        let after = world.limit();
+        assert!((7..=16).contains(&after), "{after}");
+    }
+
+    #[test]
+    fn requests_that_are_long_for_another_reason_than_a_queue_are_not_held_back() {
+        // From a thousandth of a second to so long, and none of it is work.
+        for wait in [50, 150, 400, 3_000] {
+            let mut world = World::new(8, CEILING);
+            world.work = Duration::from_millis(1);
+            world.run(60);
+            world.work = Duration::from_micros(10);
+            world.long = (1.0, Duration::from_millis(wait));
+            world.run(120);
+            let rate = world.run(60);
+            let most = CEILING as f64 * 1_000.0 / wait as f64;
+            assert!(
+                rate > most * 0.7,
+                "{wait}: {rate} of {most} at {}",
+                world.limit()
+            );
+        }
+    }
+
+    #[test]
     fn what_takes_too_long_to_be_measured_is_not_waited_for() {
         let mut world = World::new(8, 1_000);
-        world.long = (1.0, Duration::from_secs(60));
         let now = world.now;
-        world.limiter.measuring = Some(now);
+        let (limit, drained) = (FLOOR as f64, None);
+        world.limiter.measuring = Some(Measuring {
+            limit,
+            began: now,
+            drained,
+        });
         assert_eq!(world.limiter.limit(), FLOOR);
-        world.limiter.tick(now + MEASURING_MAX / 2);
+        world.limiter.tick(4, true, now + MEASURING_MAX / 2);
         assert_eq!(world.limiter.limit(), FLOOR);
-        world.limiter.tick(now + MEASURING_MAX);
+        world.limiter.tick(4, true, now + MEASURING_MAX);
         assert_eq!(world.limiter.limit(), CEILING);
+    }
+
+    #[test]
+    fn what_is_old_counts_no_more() {
+        let mut ages = Ages::default();
+        let first = ages.begin();
+        ages.tick();
+        let second = ages.begin();
+        assert_eq!(ages.young(), 2);
+        ages.tick();
+        assert_eq!((ages.young(), ages.counts(first)), (1, false));
+        ages.end(first);
+        assert_eq!(ages.young(), 1);
+        ages.end(second);
+        ages.tick();
+        assert_eq!((ages.young(), ages.old), (0, 0));
     }
 }

@@ -17,6 +17,7 @@ use tracing::{debug, info};
 pub(crate) use super::budget::Adapted;
 use super::budget::{Budget, Load};
 use super::checkout::{Common, Counters, Pool, Standing, lock};
+use super::limiter;
 use super::stats::DatabaseStats;
 use crate::classify::Worth;
 use crate::config;
@@ -157,6 +158,9 @@ impl Pools {
         }
         let control = &pools.common.control;
         control.spawn(sweep(Arc::downgrade(&pools)));
+        if pools.common.shed.adaptive {
+            control.spawn(adapt(Arc::downgrade(&pools)));
+        }
         control.spawn(follow_names(Arc::downgrade(&pools)));
         Ok(pools)
     }
@@ -541,9 +545,19 @@ async fn sweep(pools: Weak<Pools>) {
         for (_, stats) in pools.statistics() {
             stats.tick(now);
         }
+    }
+}
+
+/// With `shed.adaptive`. Ends with the pools.
+async fn adapt(pools: Weak<Pools>) {
+    let mut every = interval(limiter::TICK);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let Some(pools) = pools.upgrade() else { return };
         let endpoints: Vec<_> = lock(&pools.endpoints).values().cloned().collect();
         for endpoint in endpoints {
-            endpoint.budget.tick(now);
+            endpoint.budget.tick(Instant::now());
         }
     }
 }

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 
 use tokio::time::Instant;
@@ -40,7 +41,7 @@ const QUEUE_MIN: usize = 32;
 const ROUNDS: usize = 2;
 
 /// One grant in so many goes to whoever has waited longest, whatever it is worth: nobody waits for ever.
-const IN_TURN: u64 = 8;
+pub(crate) const IN_TURN: u64 = 8;
 
 /// What the shelf needs to know of a server.
 pub(crate) trait Shelved {
@@ -107,6 +108,33 @@ pub(crate) enum Take<S, R> {
         ticket: u64,
         lack: Lack,
     },
+}
+
+/// Who asks for a server.
+pub(crate) struct Asker<'a, K> {
+    pub(crate) client: ClientId,
+    pub(crate) kind: &'a K,
+    pub(crate) rank: Rank,
+    pub(crate) since: Instant,
+    /// What it waited with before, if what it was given was no good.
+    pub(crate) ticket: Option<u64>,
+}
+
+/// What a pool has to say for itself where turns are given out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Claim {
+    rank: Rank,
+    /// Servers that are not idle.
+    lent: usize,
+    /// Since when who is next waits.
+    pub(crate) since: Instant,
+}
+
+impl Claim {
+    /// The more the better: what is asked is worth more, or there are fewer who have a server.
+    pub(crate) fn worth(self) -> (Rank, Reverse<usize>) {
+        (self.rank, Reverse(self.lent))
+    }
 }
 
 /// What a waiter waits for.
@@ -193,17 +221,15 @@ impl<S: Shelved, W> Shelf<S, W> {
     /// Affinity first: the client's own server; then one nobody owns; then a new one; then the one idle longest.
     pub(crate) fn take<R: Rooms>(
         &mut self,
-        client: ClientId,
-        kind: &S::Kind,
-        rank: Rank,
-        now: Instant,
+        asker: &Asker<'_, S::Kind>,
         rooms: &mut R,
         wake: impl FnOnce() -> W,
     ) -> Take<S, R::Room> {
+        let kind = asker.kind;
         let mut lack = Lack::Server;
         if rooms.is_full() {
             lack = Lack::Turn;
-        } else if let Some(server) = self.take_ready(client, kind) {
+        } else if let Some(server) = self.take_ready(asker.client, kind) {
             return Take::Ready(server);
         } else if !self.paused {
             // Room that comes free is for those who wait for it already.
@@ -226,13 +252,16 @@ impl<S: Shelved, W> Shelf<S, W> {
                 lack = Lack::Room;
             }
         }
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        let behind = self.waiters.partition_point(|waiter| waiter.rank >= rank);
+        let ticket = asker.ticket.unwrap_or(self.next_ticket);
+        self.next_ticket = self.next_ticket.max(ticket + 1);
+        let place = (Reverse(asker.rank), ticket);
+        let behind = self
+            .waiters
+            .partition_point(|waiter| (Reverse(waiter.rank), waiter.ticket) < place);
         let waiter = Waiter {
             ticket,
-            since: now,
-            rank,
+            since: asker.since,
+            rank: asker.rank,
             kind: kind.clone(),
             wake: wake(),
         };
@@ -344,6 +373,15 @@ impl<S: Shelved, W> Shelf<S, W> {
         }
     }
 
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        let next = self.waiters.get(self.next_waiter()?)?;
+        Some(Claim {
+            rank: next.rank,
+            lent: self.open - self.idle.len(),
+            since: next.since,
+        })
+    }
+
     /// Who is served next, as a place in line.
     fn next_waiter(&self) -> Option<usize> {
         if (self.granted + 1).is_multiple_of(IN_TURN) {
@@ -430,7 +468,8 @@ impl<S: Shelved, W> Shelf<S, W> {
     /// Others keep going before whoever has been waiting since so many were served: with those who wait, more than a burst explains.
     /// Where hardly any wait, all are about to be served.
     pub(crate) fn is_passing_by(&self, granted: u64) -> bool {
-        let passed = usize::try_from(self.granted - granted).unwrap_or(usize::MAX);
+        let passed = self.granted.saturating_sub(granted);
+        let passed = usize::try_from(passed).unwrap_or(usize::MAX);
         let waiting = self.waiters.len();
         !self.paused
             && waiting > self.bounds.size * ROUNDS

@@ -71,7 +71,14 @@ fn check_with(bounds: Bounds, room: usize, steps: &[(&str, &str)]) {
                         None => rank.priority = Priority::of_word(named).unwrap(),
                     }
                 }
-                match shelf.take(client, &kind(2), rank, now, &mut rooms, wake) {
+                let asker = Asker {
+                    client,
+                    kind: &kind(2),
+                    rank,
+                    since: now,
+                    ticket: None,
+                };
+                match shelf.take(&asker, &mut rooms, wake) {
                     Take::Ready(server) => format!("ready {}", server.number),
                     Take::Open(()) => "open".into(),
                     Take::Replace(server, ()) => format!("replace {}", server.number),
@@ -399,7 +406,14 @@ fn too_much_is_more_than_a_burst_and_so_is_what_passes_by() {
     let mut shelf: Shelf<Server, u64> = Shelf::new(bounds, false);
     let (mut rooms, now) = (Upstream(1, false), Instant::now());
     let mut come = |shelf: &mut Shelf<Server, u64>, client| {
-        shelf.take(client, &'a', Rank::default(), now, &mut rooms, || client)
+        let asker = Asker {
+            client,
+            kind: &'a',
+            rank: Rank::default(),
+            since: now,
+            ticket: None,
+        };
+        shelf.take(&asker, &mut rooms, || client)
     };
     assert!(matches!(come(&mut shelf, 0), Take::Open(())));
     for client in 1..=32 {
