@@ -38,7 +38,7 @@ const WORKER: &str = "67e55044-10b1-426f-9247-bb680e5fe0c8";
 /// Of Flowgate: its name here, whether it has the replica, and what it is told.
 type Setting = (&'static str, bool, &'static [(&'static str, &'static str)]);
 const SAMPLED: [(&str, &str); 2] = [
-    ("FLOWGATE_ROUTE__SAMPLE_MS", "100"),
+    ("FLOWGATE_ROUTE__SAMPLE_MS", "200"),
     ("FLOWGATE_ROUTE__REPLICA_WAIT_MS", "400"),
 ];
 const SETTINGS: [Setting; 6] = [
@@ -54,9 +54,9 @@ const SETTINGS: [Setting; 6] = [
         true,
         &[("FLOWGATE_CACHE__MAX_AGE_MS", "250")],
     ),
-    ("flowgate, replica, sampled every 100 ms", true, &SAMPLED),
+    ("flowgate, replica, sampled every 200 ms", true, &SAMPLED),
     (
-        "flowgate, replica, sampled every 100 ms, kept 250 ms",
+        "flowgate, replica, sampled every 200 ms, kept 250 ms",
         true,
         &[
             SAMPLED[0],
