@@ -21,7 +21,7 @@ const SAMPLES_MIN: u32 = 16;
 const MEASURED_TIMES: f64 = 4.0;
 const MEASURED_MIN: u32 = 8;
 /// Requests may take so many times as long as usual.
-const TOLERANCE: f64 = 1.3;
+const TOLERANCE: f64 = 1.6;
 /// How much of what a window says counts at once.
 const SMOOTHING: f64 = 0.2;
 /// One window takes no more than this share of the limit, before smoothing.
