@@ -363,8 +363,17 @@ async fn a_read_that_waits_already_is_refused_when_there_comes_to_be_too_much() 
 
 #[tokio::test]
 async fn who_waits_for_anothers_answer_is_refused_as_early_as_others() {
+    refuses_who_waits_for_another(&[]).await;
+}
+
+#[tokio::test]
+async fn nor_is_a_replica_waited_for_that_is_away() {
+    refuses_who_waits_for_another(&["postgres://postgres@127.0.0.1:1/postgres"]).await;
+}
+
+async fn refuses_who_waits_for_another(replicas: &[&str]) {
     let db = fresh_database().await;
-    let proxy = Proxy::without_replica(&db, one_server).await;
+    let proxy = Proxy::before(&db.primary_url, replicas, one_server).await;
     let console = proxy.console().await;
     let direct = db.connect().await;
     direct

@@ -258,14 +258,18 @@ impl Session {
         }
     }
 
-    /// A read that came then would only wait for a server in vain, or has something to fall back on. Where there is a replica, that may
+    /// A read that came then would only wait for a server in vain, or has something to fall back on. Where there is a replica in rotation, that may
     /// be about to answer, however much waits for the primary.
     fn has_no_prospect(&mut self, began: Instant) -> bool {
         if began.elapsed() < self.live.config.shed.look() {
             return false;
         }
         self.request.older.is_some()
-            || self.live.upstreams.len() == 1
+            || !self
+                .live
+                .upstreams
+                .iter()
+                .any(|one| one.id != PRIMARY && one.is_healthy())
                 && self.rank().gives_way()
                 && self.pool(PRIMARY).is_some_and(|pool| pool.is_overloaded())
     }
