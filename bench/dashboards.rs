@@ -41,7 +41,8 @@ const SAMPLED: [(&str, &str); 2] = [
     ("FLOWGATE_ROUTE__SAMPLE_MS", "200"),
     ("FLOWGATE_ROUTE__REPLICA_WAIT_MS", "400"),
 ];
-const SETTINGS: [Setting; 6] = [
+const EVENTUAL: (&str, &str) = ("FLOWGATE_ROUTE__CONSISTENCY", "eventual");
+const SETTINGS: [Setting; 8] = [
     ("flowgate", false, &[]),
     ("flowgate, replica", true, &[]),
     (
@@ -63,6 +64,12 @@ const SETTINGS: [Setting; 6] = [
             SAMPLED[1],
             ("FLOWGATE_CACHE__MAX_AGE_MS", "250"),
         ],
+    ),
+    ("flowgate, replica, eventual", true, &[EVENTUAL]),
+    (
+        "flowgate, replica, eventual, kept 250 ms",
+        true,
+        &[EVENTUAL, ("FLOWGATE_CACHE__MAX_AGE_MS", "250")],
     ),
 ];
 
