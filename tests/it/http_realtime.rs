@@ -716,6 +716,36 @@ async fn frames_that_are_none_end_their_socket_and_no_other() {
     stage.proxy.shut_down().await;
 }
 
+#[tokio::test]
+async fn joins_sent_together_are_answered_in_their_order_and_the_later_of_a_topic_counts() {
+    let stage = stage().await;
+    for version in [1, 2] {
+        let mut socket = Socket::open(stage.at, version).await;
+        for (reference, n) in [("1", 1), ("2", 2), ("3", 3), ("4", 1)] {
+            socket.join(reference, &topic(n), None).await;
+        }
+        socket.join("5", "realtime:", None).await;
+        let leave = json!(["2", "6", topic(2), "phx_leave", {}]);
+        socket.say(leave).await;
+        let mut said = Vec::new();
+        for _ in 0..8 {
+            let next = socket.next().await;
+            let status = next[4]["status"].as_str().unwrap_or("closed");
+            said.push(format!("{} {status}", next[1].as_str().unwrap()));
+        }
+        let closed = said.iter().position(|said| said == "1 closed").unwrap();
+        let again = said.iter().position(|said| said == "4 ok").unwrap();
+        assert!(closed < again, "{said:?}");
+        // When the one is closed says nothing of other topics.
+        said.remove(closed);
+        let expected = [
+            "1 ok", "2 ok", "3 ok", "4 ok", "5 error", "6 ok", "2 closed",
+        ];
+        assert_eq!(said, expected);
+    }
+    stage.proxy.shut_down().await;
+}
+
 /// As realtime-js up to 2.11 does when its socket broke while it joined, and ever after.
 #[tokio::test]
 async fn who_joins_without_a_ref_is_served_and_told_of_an_error_at_each_try() {

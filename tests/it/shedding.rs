@@ -574,6 +574,14 @@ async fn usual_is_quick(proxy: &Proxy, console: &Client) {
     .await;
 }
 
+/// Requests that have become long, of which hardly any are let in.
+async fn strained(proxy: &Proxy, console: &Client) -> Busy {
+    usual_is_quick(proxy, console).await;
+    let busy = Busy::with(proxy, "select pg_sleep(0.15)").await;
+    held_back(console).await;
+    busy
+}
+
 /// Before that has become usual, which takes some of them.
 async fn held_back(console: &Client) {
     wait_until("hardly any are let in", PATIENCE, async || {
@@ -632,10 +640,7 @@ async fn requests_that_hold_all_of_an_adaptive_limit_stop_nobody_for_good() {
     let db = fresh_database().await;
     let proxy = Proxy::without_replica(&db, adaptive).await;
     let console = proxy.console().await;
-    usual_is_quick(&proxy, &console).await;
-    let busy = Busy::with(&proxy, "select pg_sleep(0.15)").await;
-    held_back(&console).await;
-    busy.stop().await;
+    strained(&proxy, &console).await.stop().await;
     let direct = db.connect().await;
     direct
         .batch_execute("select pg_advisory_lock(45)")
@@ -687,9 +692,7 @@ async fn two_pools_take_turns_at_an_adaptive_limit_and_keep_their_servers() {
     })
     .await;
     let console = proxy.console().await;
-    usual_is_quick(&proxy, &console).await;
-    let busy = Busy::with(&proxy, "select pg_sleep(0.15)").await;
-    held_back(&console).await;
+    let busy = strained(&proxy, &console).await;
     let elsewhere = connect(&proxy.url().replace(&db.name, &other.name)).await;
     let pid = "select pg_backend_pid()";
     let own = text(&elsewhere, pid).await;
